@@ -1,0 +1,323 @@
+"""The losses as `nn.Module`s with open_clip's constructors and `forward`, and the head that makes SmartCLIP's masks."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from smartclip_kernels import checks
+from smartclip_kernels.functional import clip_loss, siglip_loss, smartclip_loss
+
+Losses = Tensor | dict[str, Tensor]
+
+
+class _OneProcess(nn.Module):
+    """What open_clip's constructors say about distribution, which this version computes for one process only."""
+
+    def __init__(self, rank: int, world_size: int, backend: str | None) -> None:
+        super().__init__()
+        if world_size != 1 or rank != 0:
+            raise ValueError(
+                f"world_size, rank: got {world_size}, {rank}, needs 1, 0: the loss is that of one process. Gather the "
+                "features of all processes with gradients (torch.distributed.nn.all_gather) and pass all of them"
+            )
+        self.rank = rank
+        self.world_size = world_size
+        self.backend = backend
+
+
+class ClipLoss(_OneProcess):
+    """`clip_loss` in the place of ``open_clip.ClipLoss``.
+
+    Args:
+        local_loss, gather_with_grad, use_horovod: how open_clip distributes; the same loss in one process.
+        cache_labels: accepted; there are no labels to cache.
+        rank, world_size: 0 and 1.
+        label_smoothing, backend: as in `clip_loss`.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        label_smoothing: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(rank, world_size, backend)
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.use_horovod = use_horovod
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        ignore_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Losses:
+        """The 0-D loss, or with `output_dict` ``{"contrastive_loss": loss}``; arguments as in `clip_loss`."""
+        loss: Tensor = clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            ignore_ids=ignore_ids,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(_OneProcess):
+    """`siglip_loss` in the place of ``open_clip.SigLipLoss``.
+
+    Args:
+        cache_labels: accepted; there are no labels to cache.
+        rank, world_size: 0 and 1.
+        dist_impl: how open_clip distributes ("bidir", "shift", "reduce", "gather"); the same loss in one process.
+        chunk_size: accepted; the logits are never held as a whole, whatever it is.
+        backend: as in `siglip_loss`.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(rank, world_size, backend)
+        checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
+        self.cache_labels = cache_labels
+        self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        ignore_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Losses:
+        """The 0-D loss, or with `output_dict` ``{"contrastive_loss": loss}``; arguments as in `siglip_loss`."""
+        loss = siglip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            ignore_ids=ignore_ids,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SmartClipLoss(_OneProcess):
+    """`smartclip_loss` plus a price on masks: sparsity_weight · mean(text_mask) (Xie et al. 2025, arXiv 2507.22264).
+
+    Without the price nothing keeps a mask from passing every dimension, which is CLIP with a cosine. The price is the
+    L1 norm of the masks over their number of entries, so that its weight means the same at any width and batch size.
+
+    Args:
+        objective: "softmax" or "sigmoid".
+        sparsity_weight: what a mask of ones adds to the loss. Not negative.
+        label_smoothing, backend: as in `smartclip_loss`.
+        rank, world_size: 0 and 1.
+    """
+
+    def __init__(
+        self,
+        objective: Literal["softmax", "sigmoid"] = "softmax",
+        sparsity_weight: float = 0.0,
+        *,
+        label_smoothing: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(rank, world_size, backend)
+        checks.choice("objective", objective, ("softmax", "sigmoid"))
+        if not 0 <= sparsity_weight < math.inf:
+            raise ValueError(f"sparsity_weight: got {sparsity_weight}, needs a finite number of at least 0")
+        self.objective: Literal["softmax", "sigmoid"] = objective
+        self.sparsity_weight = sparsity_weight
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        text_mask: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        ignore_ids: tuple[Tensor, Tensor] | None = None,
+    ) -> Losses:
+        """The 0-D total, or with `output_dict` its terms ``{"contrastive_loss": …, "sparsity_loss": …}``.
+
+        The weight is in the term already: open_clip's training loop sums what ends in ``_loss``. `text_mask` is (M, D),
+        from a `MaskHead`; the other arguments are those of `smartclip_loss`.
+        """
+        contrastive: Tensor = smartclip_loss(
+            image_features,
+            text_features,
+            text_mask,
+            logit_scale,
+            logit_bias,
+            objective=self.objective,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            ignore_ids=ignore_ids,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+        )
+        sparsity = self.sparsity_weight * text_mask.mean(dtype=contrastive.dtype)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "sparsity_loss": sparsity}
+        return contrastive + sparsity
+
+
+class _ClassAttention(nn.Module):
+    """One query that reads the tokens and itself (CaiT's class attention, Touvron et al. 2021, arXiv 2103.17239).
+
+    It costs two W×W products a token, a sixth of a transformer layer. The query is among its own keys, so a text that
+    is all padding has something to attend to, and no NaN.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, query: Tensor, states: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """query (M, 1, W), states (M, T, W), padding_mask (M, T + 1) -> (M, 1, W)."""
+        keys = self.norm(torch.cat([query, states], dim=1))
+        read, _ = self.attention(keys[:, :1], keys, keys, key_padding_mask=padding_mask, need_weights=False)
+        query = query + read
+        return query + self.feed_forward(query)
+
+
+class MaskHead(nn.Module):
+    """Token states of a text -> which dimensions of the image's embedding it speaks of (SmartCLIP, arXiv 2507.22264).
+
+    A learned query reads the tokens through `depth` blocks of class attention; a linear layer gives each dimension a
+    probability p = sigmoid(logit) of being kept. The mask is p itself (soft), or 1 where p > ½ and 0 elsewhere (hard),
+    with p's gradient: the straight-through estimator of Bengio et al. 2013, arXiv 1308.3432.
+
+    At the start p is near `initial_keep` for every text and dimension: logits begin with a standard deviation of
+    0.02·√W around logit(initial_keep). Well above ½, hard masks thus begin by passing everything.
+
+    Args:
+        width: W, of the token states.
+        embed_dim: D, of the embeddings.
+        hard: masks of exactly 0 and 1, or soft ones.
+        initial_keep: the probability at the start, in (0, 1).
+        depth, heads: blocks of class attention, and heads in each; heads divides width. Default: 64 dimensions a head.
+        explore: in training only, a dimension is kept where logit + noise > 0, with logistic noise (the binary
+            Concrete distribution of Maddison et al. 2017, arXiv 1611.00712, at temperature 1). A hard mask is then a
+            draw with probability p, so dimensions on the far side of the threshold are tried too. Random numbers come
+            from torch's generator of the states' device, which `GradCache` replays.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        embed_dim: int,
+        *,
+        hard: bool = True,
+        initial_keep: float = 0.9,
+        depth: int = 1,
+        heads: int | None = None,
+        explore: bool = False,
+    ) -> None:
+        super().__init__()
+        heads = max(1, width // 64) if heads is None else heads
+        for name, value in (("width", width), ("embed_dim", embed_dim), ("depth", depth), ("heads", heads)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, needs at least 1")
+        if width % heads:
+            raise ValueError(f"heads: got {heads}, needs a divisor of width, {width}")
+        if not 0 < initial_keep < 1:
+            raise ValueError(f"initial_keep: got {initial_keep}, needs a probability in (0, 1), ends excluded")
+        self.width = width
+        self.hard = hard
+        self.explore = explore
+        self.query = nn.Parameter(0.02 * torch.randn(width))
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(_ClassAttention(width, heads) for _ in range(depth))
+        last = nn.Linear(width, embed_dim)
+        self.to_logits = nn.Sequential(nn.LayerNorm(width), last)
+        nn.init.normal_(last.weight, std=0.02)
+        nn.init.constant_(last.bias, math.log(initial_keep / (1 - initial_keep)))
+
+    def forward(self, states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            states: (M, T, W), the text encoder's token states.
+            padding_mask: (M, T) bool, True at padding, as in `nn.MultiheadAttention`.
+
+        Returns:
+            (M, D) masks in [0, 1], in the precision of the head's logits (the autocast dtype under autocast).
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it, what it got and what it needs.
+        """
+        self._check(states, padding_mask)
+        if padding_mask is not None:
+            padding_mask = nn.functional.pad(padding_mask, (1, 0), value=False)
+        query, states = self.query.expand(len(states), 1, -1), self.norm(states)
+        for block in self.blocks:
+            query = block(query, states, padding_mask)
+        logits = self.to_logits(query.squeeze(1))
+        if self.explore and self.training:
+            uniform = torch.rand(logits.shape, device=logits.device, dtype=torch.float32)
+            logits = logits + uniform.logit(eps=1e-6).to(logits.dtype)
+        keep = logits.sigmoid()
+        # p − p.detach() is exactly 0, so a hard mask's values are exactly 0 and 1, and a NaN stays one.
+        return (keep > 0.5).to(keep.dtype) + (keep - keep.detach()) if self.hard else keep
+
+    def _check(self, states: Tensor, padding_mask: Tensor | None) -> None:
+        checks.tensor("states", states)
+        if states.dim() != 3 or states.shape[2] != self.width:
+            raise ValueError(f"states: got shape {checks.shape(states)}, needs (texts, tokens, {self.width})")
+        if padding_mask is None:
+            return
+        checks.tensor("padding_mask", padding_mask)
+        if padding_mask.dtype != torch.bool:
+            raise TypeError(f"padding_mask: got dtype {padding_mask.dtype}, needs bool, True at padding")
+        if padding_mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"padding_mask: got shape {checks.shape(padding_mask)}, needs states', {tuple(states.shape[:2])}"
+            )
