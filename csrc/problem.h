@@ -1,0 +1,46 @@
+// What every launch takes: one batch of images (rows) and texts (columns), and what is known of each of them.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SK_HOST_DEVICE __host__ __device__
+#else
+#define SK_HOST_DEVICE
+#endif
+
+// The same headers are compiled once for every instruction set. Each has a namespace of its own, or the linker would
+// keep one copy of an inline function for all, and that copy might not run on this machine.
+#ifndef SK_ISA
+#define SK_ISA device
+#endif
+
+namespace smartclip {
+
+template <class... Types>
+struct List {};
+
+// One side of the score matrix. A plane is `size` numbers; plane k of an array starts at k * size.
+template <class T>
+struct Side {
+  int64_t size = 0;
+  const int32_t* id = nullptr;      // equal ids make a pair positive
+  const int32_t* ignore = nullptr;  // equal ignore ids take a pair out that is not positive; null: none are
+  const T* factor = nullptr;        // what the similarity knows of this row or column; null where it needs nothing
+  T* statistics = nullptr;          // Objective::kStatistics planes, filled by the forward sweep
+  T* loss = nullptr;                // of every anchor
+  const T* weight = nullptr;        // of every anchor: the gradient of its loss
+  T* anchor = nullptr;              // Objective::kAnchor planes: what G needs of an anchor
+  T* score_gradient = nullptr;      // sum of dL/dsim * sim over the other side; null where nobody needs it
+};
+
+template <class T>
+struct Problem {
+  Side<T> row, column;
+  const T* scale = nullptr;  // alpha
+  const T* bias = nullptr;   // beta; null: 0
+  T label_smoothing = 0;
+  double* parameter_gradient = nullptr;  // (rows, 2): sums over a row's scores of G * sim and of G
+};
+
+}  // namespace smartclip

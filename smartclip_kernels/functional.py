@@ -1,0 +1,306 @@
+"""The functions that users call. Everything below them works on per-anchor losses; reductions are made here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from smartclip_kernels import checks, ops
+from smartclip_kernels.backends import check_name
+from smartclip_kernels.reference import OBJECTIVES, compute_dtype, reduce
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    ignore_ids: tuple[Tensor, Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Any:
+    """Symmetric InfoNCE of CLIP (Radford et al. 2021, arXiv 2103.00020) without the N×M logits in memory.
+
+    With s_ij = logit_scale · ⟨image_i, text_j⟩ + logit_bias:
+    ½ · mean_i(log Σ_j e^{s_ij} − mean_{j ∈ P(i)} s_ij) + ½ · mean_j(log Σ_i e^{s_ij} − mean_{i ∈ P(j)} s_ij).
+
+    Args:
+        image: (N, D), used as given: normalise it as open_clip does. float16, bfloat16, float32 or float64.
+        text: (M, D), image's dtype and device.
+        logit_scale: α, already exponentiated: a float, a 0-D or a 1-element tensor. Learnable.
+        logit_bias: β, likewise; the softmax does not depend on it and its gradient is exactly 0.
+        image_ids, text_ids: (N,) and (M,) int64. A pair is positive iff its ids are equal: several captions an image,
+            duplicates, extra negatives. A row or column without a positive stays a candidate for the others and leaves
+            the mean. Default: N = M and i matches i.
+        ignore_ids: a pair of such vectors, image's and text's. Pairs with equal ignore ids that are not positive count
+            neither as positive nor as negative.
+        label_smoothing: e in [0, 1): the target is (1 − e) spread over the positives plus e over all candidates.
+        reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½.
+        backend: one of `available_backends()`; default: what `use_backend` or the device says.
+
+    Returns:
+        A 0-D tensor, float32 (float64 for float64 inputs); with reduction="none" two 1-D tensors. Gradients flow to
+        image, text, logit_scale and logit_bias, in their own dtypes. Second derivatives raise `RuntimeError`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what it got and what it needs.
+        RuntimeError: the named backend cannot run here.
+    """
+    return _loss(
+        "softmax",
+        image,
+        text,
+        None,
+        logit_scale,
+        logit_bias,
+        image_ids,
+        text_ids,
+        ignore_ids,
+        label_smoothing,
+        reduction,
+        backend,
+    )
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    ignore_ids: tuple[Tensor, Tensor] | None = None,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Pairwise sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343) without the N×M logits in memory.
+
+    (1/N) Σ_ij softplus(−z_ij s_ij), with s_ij = logit_scale · ⟨image_i, text_j⟩ + logit_bias and z_ij = +1 for a
+    positive pair, −1 otherwise.
+
+    Args:
+        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, backend: as in `clip_loss`.
+        reduction: "mean" (divides by N), "sum" over all pairs, or "none": losses of the images (N,).
+
+    Returns:
+        A 0-D tensor, float32 (float64 for float64 inputs); with reduction="none" (N,).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `clip_loss`.
+    """
+    loss: Tensor = _loss(
+        "sigmoid",
+        image,
+        text,
+        None,
+        logit_scale,
+        logit_bias,
+        image_ids,
+        text_ids,
+        ignore_ids,
+        0.0,
+        reduction,
+        backend,
+    )
+    return loss
+
+
+def smartclip_loss(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    objective: Literal["softmax", "sigmoid"] = "softmax",
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    ignore_ids: tuple[Tensor, Tensor] | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Any:
+    """SmartCLIP's loss (Xie et al., CVPR 2025, arXiv 2507.22264): every text compares with its part of the image.
+
+    The score of a pair is logit_scale · cos(image_i ⊙ mask_j, text_j) + logit_bias; the naive form is N×M×D. It is 0,
+    and passes no gradient, where ‖image_i ⊙ mask_j‖ ≤ 1e-6 or ‖text_j‖ ≤ 1e-12.
+
+    Args:
+        mask: (M, D), the text's mask over the image's dimensions: bool, hard (0 or 1) or soft ([0, 1]), in any floating
+            dtype. Gradients flow to a floating mask.
+        objective: "softmax" (`clip_loss`) or "sigmoid" (`siglip_loss`); the other arguments and the result are theirs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `clip_loss`.
+    """
+    checks.tensor("mask", mask)
+    return _loss(
+        objective,
+        image,
+        text,
+        mask,
+        logit_scale,
+        logit_bias,
+        image_ids,
+        text_ids,
+        ignore_ids,
+        label_smoothing,
+        reduction,
+        backend,
+    )
+
+
+def masked_similarity(image: Tensor, text: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:
+    """cos(image_i ⊙ mask_j, text_j) for all pairs: (N, M), differentiable, float32 for half-precision inputs.
+
+    Args:
+        image: (N, D). text: (M, D). mask: (M, D), as in `smartclip_loss`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `clip_loss`.
+    """
+    for name, x in (("image", image), ("text", text), ("mask", mask)):
+        checks.tensor(name, x)
+    sim: Tensor = torch.ops.smartclip.masked_similarity(image, text, mask, _backend(backend))
+    return sim
+
+
+def masked_topk(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor,
+    k: int,
+    *,
+    per: Literal["text", "image"] = "text",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k best images of every text (or texts of every image) by masked similarity, without the N×M scores.
+
+    Args:
+        image: (N, D). text: (M, D). mask: (M, D), as in `smartclip_loss`.
+        k: at least 1; clamped to the number of candidates.
+        per: "text": results are (M, k), indices of images; "image": (N, k), indices of texts.
+
+    Returns:
+        values (float32, or float64) and indices (int64): best first, ties to the lower index, NaN before all. No
+        gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `clip_loss`.
+    """
+    for name, x in (("image", image), ("text", text), ("mask", mask)):
+        checks.tensor(name, x)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: got {type(k).__name__}, needs an int")
+    values, indices = torch.ops.smartclip.masked_topk(image, text, mask, k, per, _backend(backend))
+    return values, indices
+
+
+def retrieval_ranks(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None = None,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    per: Literal["text", "image"] = "text",
+    backend: str | None = None,
+) -> Tensor:
+    """Rank of the best positive of every anchor among all candidates, without the N×M scores.
+
+    Recall at k is ``(ranks <= k).float().mean()``.
+
+    Args:
+        image: (N, D). text: (M, D). mask: (M, D) for masked similarity, None for the dot product.
+        image_ids, text_ids: what is positive, as in `clip_loss`.
+        per: "text": anchors are texts, candidates images; "image": the other way round.
+
+    Returns:
+        (M,) or (N,) int64. 1 is first; ties go to the lower index. An anchor without a positive gets one more than there
+        are candidates; one whose positives score NaN is behind all others.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `clip_loss`.
+    """
+    for name, x in (("image", image), ("text", text)):
+        checks.tensor(name, x)
+    if mask is not None:
+        checks.tensor("mask", mask)
+    checks.id_arguments(image_ids, text_ids, None)
+    ranks: Tensor = torch.ops.smartclip.retrieval_ranks(image, text, mask, image_ids, text_ids, per, _backend(backend))
+    return ranks
+
+
+def _loss(
+    objective: str,
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    ignore_ids: tuple[Tensor, Tensor] | None,
+    label_smoothing: float,
+    reduction: str,
+    backend: str | None,
+) -> Any:
+    checks.tensor("image", image)
+    checks.tensor("text", text)
+    checks.choice("objective", objective, tuple(OBJECTIVES))
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    ignore = checks.id_arguments(image_ids, text_ids, ignore_ids)
+    scale = _scalar("logit_scale", logit_scale, image)
+    bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, image)
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: got {type(label_smoothing).__name__}, needs a float")
+    arguments = (
+        image,
+        text,
+        mask,
+        scale,
+        bias,
+        image_ids,
+        text_ids,
+        *ignore,
+        objective,
+        float(label_smoothing),
+        _backend(backend),
+        0,
+    )
+    if reduction != "none" and not OBJECTIVES[objective].needs_statistics:
+        needs = ops.needed_gradients(image, text, mask, scale, bias)
+        if any(needs):  # the incoming gradient is one number, so one sweep gives loss and gradients
+            loss = torch.ops.smartclip.loss_one_sweep(*arguments, needs)[0]
+            return loss / image.shape[0] if reduction == "mean" else loss
+    rows, columns, row_statistics, column_statistics, _ = torch.ops.smartclip.loss(*arguments)
+    return reduce(
+        rows, columns, row_statistics[0], column_statistics[0], objective=objective, reduction=reduction
+    )
+
+
+def _backend(name: str | None) -> str:
+    """What the ops take: "" leaves the choice to the context and the device."""
+    if name is None:
+        return ""
+    check_name(name)
+    return name
+
+
+def _scalar(name: str, value: Tensor | float, image: Tensor) -> Tensor:
+    """A 0-D tensor in the precision of the scores, on image's device."""
+    if isinstance(value, Tensor):
+        checks.one_element(name, value, image)
+        return value.reshape(()).to(compute_dtype(image.dtype))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a float or a tensor of one element")
+    return torch.full((), value, dtype=compute_dtype(image.dtype), device=image.device)

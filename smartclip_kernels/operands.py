@@ -1,0 +1,166 @@
+"""What the matrix products multiply, panel by panel, and what becomes of their gradients.
+
+A similarity has `accumulators` pairs of operands: accumulator k of a tile is rows[k] @ columns[k]ᵀ. From the tile's
+gradients d[k] the engine sums d[k] @ columns[k] into a panel's rows and d[k]ᵀ @ rows[k] into the columns; `store_rows` and
+`store_columns` make the inputs' gradients of these sums. Panels are prepared one at a time, in the precision of the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smartclip_kernels.problem import Needs, Problem, Tensors
+
+_PANEL_ROWS = 2048
+
+
+class Dot:
+    """sim = ⟨image, text⟩: inputs as they are, half precision widened."""
+
+    name = "dot"
+    accumulators = 1
+
+    def __init__(self, problem: Problem) -> None:
+        self.dtype = problem.dtype
+        self.image = _rows_contiguous(problem.image)
+        self.text = _rows_contiguous(problem.text)
+        self.row_factor: Tensor | None = None
+        self.column_factor: Tensor | None = None
+
+    @staticmethod
+    def panel_numbers(problem: Problem) -> int:
+        """Numbers that one row of a panel takes, for the workspace."""
+        return 0 if problem.image.dtype == problem.dtype else 2 * problem.d
+
+    def rows(self, panel: slice) -> Tensors:
+        return (self.image[panel].to(self.dtype),)
+
+    def columns(self, panel: slice) -> Tensors:
+        return (self.text[panel].to(self.dtype),)
+
+    def row_sums(self, grads: list[Tensor], panel: slice, needs: Needs) -> list[Tensor]:
+        """Where the panel's sums are made: one for each accumulator, or none."""
+        return [_home(grads[0][panel], self.dtype)] if needs.image else []
+
+    def column_sums(self, grads: list[Tensor], needs: Needs) -> list[Tensor]:
+        return [_home(grads[1], self.dtype)] if needs.text else []
+
+    def store_rows(self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor]) -> None:
+        if sums:
+            _settle(grads[0][panel], sums[0])
+
+    def store_columns(self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None) -> None:
+        if sums:
+            _settle(grads[1], sums[0])
+
+
+class MaskedCosine:
+    """sim = cos(image ⊙ mask, text): P = image · (mask ⊙ text)ᵀ and Q = image² · (mask²)ᵀ.
+
+    A row of image is divided by a power of two (its `row_factor`), which is exact and cancels in P/√Q, so that its squares
+    neither overflow nor vanish. `column_factor` is 1/‖text‖, 0 where the norm is too small.
+    """
+
+    name = "masked_cosine"
+    accumulators = 2
+
+    def __init__(self, problem: Problem) -> None:
+        assert problem.mask is not None
+        self.dtype = problem.dtype
+        self.image = _rows_contiguous(problem.image)
+        self.text = _rows_contiguous(problem.text)
+        self.mask = _rows_contiguous(problem.mask)
+        self.row_factor = _powers_of_two(self.image, self.dtype)
+        self.column_factor = _inverse_norms(self.text, self.dtype)
+
+    @staticmethod
+    def panel_numbers(problem: Problem) -> int:
+        return 5 * problem.d
+
+    def rows(self, panel: slice) -> Tensors:
+        image = self.image[panel] * (1 / self.row_factor[panel, None])
+        return image, image.square()
+
+    def columns(self, panel: slice) -> Tensors:
+        mask = self.mask[panel].to(self.dtype)
+        return self.text[panel] * mask, mask.square()
+
+    def row_sums(self, grads: list[Tensor], panel: slice, needs: Needs) -> list[Tensor]:
+        if not needs.image:
+            return []
+        first = _home(grads[0][panel], self.dtype)
+        return [first, torch.empty_like(first)]
+
+    def column_sums(self, grads: list[Tensor], needs: Needs) -> list[Tensor]:
+        """Sums live in the gradients of text and mask themselves; a locked text under a learned mask needs its own."""
+        if not (needs.text or needs.mask):
+            return []
+        first = _home(grads[1], self.dtype) if needs.text else torch.empty(self.text.shape, dtype=self.dtype)
+        return [first, _home(grads[2], self.dtype)] if needs.mask else [first]
+
+    def store_rows(self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor]) -> None:
+        """grad_image = dP·(mask ⊙ text) + 2 image ⊙ (dQ·mask²), and the power of two undone."""
+        if sums:
+            total, square = sums
+            total.addcmul_(rows[0], square, value=2).mul_(1 / self.row_factor[panel, None])
+            _settle(grads[0][panel], total)
+
+    def store_columns(self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None) -> None:
+        """With A = dPᵀ·image, B = dQᵀ·image²: grad_text = A ⊙ mask − text/‖text‖² Σ_i dL/dsim_ij sim_ij,
+        grad_mask = A ⊙ text + 2 mask ⊙ B."""
+        if not sums:
+            return
+        assert score_gradient is not None
+        for start in range(0, len(self.text), _PANEL_ROWS):
+            panel = slice(start, start + _PANEL_ROWS)
+            text, mask = self.text[panel].to(self.dtype), self.mask[panel].to(self.dtype)
+            product = sums[0][panel]
+            if needs.mask:
+                square = sums[1][panel]
+                square.mul_(mask).mul_(2).addcmul_(product, text)
+                _settle(grads[2][panel], square)
+            if needs.text:
+                norm = score_gradient[panel] * self.column_factor[panel].square()
+                product.mul_(mask).addcmul_(text, norm[:, None], value=-1)
+                _settle(grads[1][panel], product)
+
+
+Operands = Dot | MaskedCosine
+
+
+def operands_class(problem: Problem) -> type[Dot] | type[MaskedCosine]:
+    return Dot if problem.mask is None else MaskedCosine
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """Matrix products take any row stride, but numbers of a row must be neighbours."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _home(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient itself where sums of that precision fit in, else a tensor of its own, rounded once at the end."""
+    return grad if grad.dtype == dtype else torch.empty(grad.shape, dtype=dtype, device=grad.device)
+
+
+def _settle(grad: Tensor, total: Tensor) -> None:
+    if grad.data_ptr() != total.data_ptr():
+        grad.copy_(total)
+
+
+def _powers_of_two(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,): 2^e with max|image_i| in [2^e, 2^(e+1)), kept where its inverse is a normal number; 1 for a row of zeros."""
+    largest = torch.linalg.vector_norm(image, ord=torch.inf, dim=1).to(dtype)
+    _, exponent = torch.frexp(largest)
+    limit = 126 if dtype == torch.float32 else 1022
+    power = torch.ldexp(torch.ones_like(largest), (exponent - 1).clamp(-limit, limit))
+    return torch.where((largest > 0) & largest.isfinite(), power, 1)
+
+
+def _inverse_norms(text: Tensor, dtype: torch.dtype) -> Tensor:
+    """(M,): 1/‖text_j‖, 0 where the norm is at most 1e-12. Squares are summed in float64: float32's overflow."""
+    norms = torch.empty(len(text), dtype=torch.float64, device=text.device)
+    for start in range(0, len(text), _PANEL_ROWS):
+        panel = slice(start, start + _PANEL_ROWS)
+        torch.linalg.vector_norm(text[panel].double(), dim=1, out=norms[panel])
+    return torch.where(norms <= 1e-12, 0, 1 / norms).to(dtype)

@@ -1,0 +1,386 @@
+"""The torch ops `smartclip::*`: schema, implementation, fake, autograd, autocast.
+
+Ops return per-anchor losses; reductions are made above them, so the anchors' weights u and v of the backward pass are
+simply the incoming gradients. `backend` "" and `workspace` 0 are resolved once, in the forward pass, and handed to the
+backward pass, which runs on another thread. Registered with `Library.define` and a thin autograd kernel instead of
+`custom_op`, which costs several times as much a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from smartclip_kernels import backends, checks
+from smartclip_kernels.problem import Needs, Problem
+from smartclip_kernels.reference import OBJECTIVES, compute_dtype
+
+_library = torch.library.Library("smartclip", "DEF")
+_ops = torch.ops.smartclip
+
+_LOSS = (
+    "Tensor image, Tensor text, Tensor? mask, Tensor scale, Tensor? bias, Tensor? image_ids, Tensor? text_ids, "
+    "Tensor? image_ignore, Tensor? text_ignore, str objective, float label_smoothing, str backend, int workspace"
+)
+_GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_scale, Tensor grad_bias"
+
+_SCHEMAS = {
+    "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
+    "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
+    f"Tensor kept, {_LOSS}, bool[] needs) -> ({_GRADS})",
+    "loss_one_sweep": f"({_LOSS}, bool[] needs) -> (Tensor loss, {_GRADS})",
+    "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
+    "masked_similarity_backward": "(Tensor grad_sim, Tensor image, Tensor text, Tensor mask, str backend, "
+    "bool[] needs) -> (Tensor grad_image, Tensor grad_text, Tensor grad_mask)",
+    "masked_topk": "(Tensor image, Tensor text, Tensor mask, int k, str per, str backend) "
+    "-> (Tensor values, Tensor indices)",
+    "retrieval_ranks": "(Tensor image, Tensor text, Tensor? mask, Tensor? image_ids, Tensor? text_ids, str per, "
+    "str backend) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def needed_gradients(*inputs: Tensor | None) -> list[bool]:
+    """Which inputs want a gradient; all False where gradients are off."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in inputs]
+
+
+def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(f"smartclip::{name}", kernel, lib=_library)
+        return kernel
+
+    return register
+
+
+def _problem(*loss_arguments: Any) -> Problem:
+    """A checked problem, and the workspace that its backend gets."""
+    *arguments, _, workspace = loss_arguments
+    checks.problem(*arguments)
+    return Problem(*arguments, workspace=workspace or backends.workspace_bytes(arguments[0].device))
+
+
+def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Problem:
+    checks.features(image, text)
+    if mask is not None:
+        checks.text_mask(mask, image, text)
+    one = torch.ones((), dtype=compute_dtype(image.dtype), device=image.device)
+    return Problem(image, text, mask, one, workspace=backends.workspace_bytes(image.device))
+
+
+# --- implementations ---------------------------------------------------------------------------------------------
+
+
+@_implement("loss")
+def _loss(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _problem(*arguments)
+    return backends.resolve(arguments[-2], problem.image.device).loss(problem)
+
+
+@_implement("loss_backward")
+def _loss_backward(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    kept: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *loss_arguments, needs = arguments
+    problem = _problem(*loss_arguments)
+    backend = backends.resolve(loss_arguments[-2], problem.image.device)
+    saved = (row_statistics, column_statistics, kept)
+    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs))
+
+
+@_implement("loss_one_sweep")
+def _loss_one_sweep(*arguments: Any) -> tuple[Tensor, ...]:
+    *loss_arguments, needs = arguments
+    problem = _problem(*loss_arguments)
+    _no_statistics(problem.objective)
+    return backends.resolve(loss_arguments[-2], problem.image.device).loss_one_sweep(problem, Needs(*needs))
+
+
+@_implement("masked_similarity")
+def _masked_similarity(image: Tensor, text: Tensor, mask: Tensor, backend: str) -> Tensor:
+    return backends.resolve(backend, image.device).masked_similarity(_similarity_problem(image, text, mask))
+
+
+@_implement("masked_similarity_backward")
+def _masked_similarity_backward(
+    grad_sim: Tensor, image: Tensor, text: Tensor, mask: Tensor, backend: str, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    problem = _similarity_problem(image, text, mask)
+    return backends.resolve(backend, image.device).masked_similarity_backward(
+        problem, grad_sim, Needs(*needs, scale=False, bias=False)
+    )
+
+
+@_implement("masked_topk")
+def _masked_topk(
+    image: Tensor, text: Tensor, mask: Tensor, k: int, per: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    problem = _similarity_problem(image, text, mask)
+    _check_topk(k, per)
+    return backends.resolve(backend, image.device).masked_topk(problem, k, per == "text")
+
+
+@_implement("retrieval_ranks")
+def _retrieval_ranks(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    per: str,
+    backend: str,
+) -> Tensor:
+    problem = _ranks_problem(image, text, mask, image_ids, text_ids, per)
+    return backends.resolve(backend, image.device).retrieval_ranks(problem, per == "text")
+
+
+def _check_topk(k: int, per: str) -> None:
+    checks.choice("per", per, checks.SIDES)
+    if k < 1:
+        raise ValueError(f"k: got {k}, needs at least 1")
+
+
+def _ranks_problem(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    per: str,
+) -> Problem:
+    problem = _similarity_problem(image, text, mask)
+    checks.ids(("image_ids", "text_ids"), (image_ids, text_ids), image, text)
+    checks.paired(image, text, image_ids)
+    checks.choice("per", per, checks.SIDES)
+    return problem._replace(image_ids=image_ids, text_ids=text_ids)
+
+
+def _no_statistics(objective: str) -> None:
+    if OBJECTIVES[objective].needs_statistics:
+        raise ValueError(f"objective: got {objective!r}, needs one whose gradient takes no statistics")
+
+
+# --- fake: the shapes and dtypes of the results ------------------------------------------------------------------
+
+
+def _empty_grads(problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
+    inputs = (problem.image, problem.text, problem.mask, problem.scale, problem.bias)
+    return tuple(
+        torch.empty(x.shape if need and x is not None else (0,), dtype=(problem.image if x is None else x).dtype,
+                    device=problem.image.device)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+@_fake("loss")
+def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _problem(*arguments)
+    n, m = problem.n, problem.m if problem.traits.both_sides else 0
+    empty = problem.scale.new_empty
+    backend = backends.resolve(arguments[-2], problem.image.device)
+    planes = problem.traits.statistics
+    return empty(n), empty(m), empty(planes, n), empty(planes, m), empty(backend.kept_shape(problem))
+
+
+@_fake("loss_backward")
+def _loss_backward_fake(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    row_statistics: Tensor,
+    column_statistics: Tensor,
+    kept: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    return _empty_grads(_problem(*arguments[:-1]), Needs(*arguments[-1]))
+
+
+@_fake("loss_one_sweep")
+def _loss_one_sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _problem(*arguments[:-1])
+    _no_statistics(problem.objective)
+    return problem.scale.new_empty(()), *_empty_grads(problem, Needs(*arguments[-1]))
+
+
+@_fake("masked_similarity")
+def _masked_similarity_fake(image: Tensor, text: Tensor, mask: Tensor, backend: str) -> Tensor:
+    problem = _similarity_problem(image, text, mask)
+    return problem.scale.new_empty(problem.n, problem.m)
+
+
+@_fake("masked_similarity_backward")
+def _masked_similarity_backward_fake(
+    grad_sim: Tensor, image: Tensor, text: Tensor, mask: Tensor, backend: str, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    return _empty_grads(_similarity_problem(image, text, mask), Needs(*needs, scale=False, bias=False))[:3]
+
+
+@_fake("masked_topk")
+def _masked_topk_fake(
+    image: Tensor, text: Tensor, mask: Tensor, k: int, per: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    problem = _similarity_problem(image, text, mask)
+    _check_topk(k, per)
+    anchors, candidates = (problem.m, problem.n) if per == "text" else (problem.n, problem.m)
+    values = problem.scale.new_empty(anchors, min(k, candidates))
+    return values, torch.empty_like(values, dtype=torch.int64)
+
+
+@_fake("retrieval_ranks")
+def _retrieval_ranks_fake(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    per: str,
+    backend: str,
+) -> Tensor:
+    problem = _ranks_problem(image, text, mask, image_ids, text_ids, per)
+    return image.new_empty(problem.m if per == "text" else problem.n, dtype=torch.int64)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
+    return op.default.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _or_none(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        outputs = _below_autograd(_ops.loss, keyset, *arguments)
+        ctx.save_for_backward(*outputs[2:], *arguments[:9])
+        ctx.constants = arguments[9:]
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
+        needs = list(ctx.needs_input_grad[1:6])
+        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs)
+        return (None, *_or_none(grads, needs), *([None] * 8))
+
+
+class _LossOneSweep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        outputs = _below_autograd(_ops.loss_one_sweep, keyset, *arguments)
+        ctx.grads = outputs[1:]
+        ctx.save_for_backward(*arguments[:9])
+        ctx.constants = arguments[9:]
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        # Scaled in place: a second set of gradients would double their memory. So they serve one backward pass only;
+        # another one over a retained graph makes them anew.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
+        needs = ctx.constants[-1]
+        scaled = tuple(grad.mul_(grad_loss) if need else grad for grad, need in zip(grads, needs, strict=True))
+        return (None, *_or_none(scaled, needs), *([None] * 9))
+
+
+class _MaskedSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, image: Tensor, text: Tensor, mask: Tensor, backend: str) -> Any:
+        ctx.save_for_backward(image, text, mask)
+        ctx.backend = backend
+        return _below_autograd(_ops.masked_similarity, keyset, image, text, mask, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sim: Tensor) -> Any:
+        needs = list(ctx.needs_input_grad[1:4])
+        grads = _ops.masked_similarity_backward(grad_sim, *ctx.saved_tensors, ctx.backend, needs)
+        return (None, *_or_none(grads, needs), None)
+
+
+class _Once(torch.autograd.Function):
+    """Runs an op that computes gradients; differentiating through it raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> Any:
+        return _below_autograd(op, keyset, *arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *_: Any) -> Any:
+        raise RuntimeError("smartclip_kernels: second derivatives are not implemented")
+
+
+def _resolved(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+    """The arguments with the backend (at index `at`) and, where one follows, the workspace decided."""
+    device = arguments[0].device
+    decided: list[Any] = list(arguments)
+    decided[at] = backends.resolve(arguments[at], device).name
+    if len(arguments) > at + 1 and not arguments[at + 1]:
+        decided[at + 1] = backends.workspace_bytes(device)
+    return tuple(decided)
+
+
+def _with_autograd(name: str, function: Any, backend_at: int) -> None:
+    op = getattr(_ops, name)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        arguments = _resolved(arguments, backend_at)
+        if any(needed_gradients(*(x for x in arguments if isinstance(x, Tensor)))):
+            return function.apply(keyset, *arguments)
+        return _below_autograd(op, keyset, *arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_with_autograd("loss", _Loss, 11)
+_with_autograd("loss_one_sweep", _LossOneSweep, 11)
+_with_autograd("masked_similarity", _MaskedSimilarity, 3)
+
+
+# --- autocast: image, text and a floating mask go to the autocast dtype, as `mm` would send them -------------------
+
+
+def _with_autocast(name: str, device_type: str, key: str) -> None:
+    op = getattr(_ops, name)
+
+    def cast(x: Any) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
+
+    def kernel(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return op(*(cast(x) for x in arguments[:3]), *arguments[3:])
+
+    _library.impl(name, kernel, key)
+
+
+for _op in ("loss", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
+    _with_autocast(_op, "cpu", "AutocastCPU")
+    _with_autocast(_op, "cuda", "AutocastCUDA")

@@ -1,0 +1,115 @@
+"""What an op computes: the inputs of one loss, and what every backend offers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from smartclip_kernels.reference import OBJECTIVES, Objective, compute_dtype
+
+Tensors = tuple[Tensor, ...]
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; the others come back empty."""
+
+    image: bool
+    text: bool
+    mask: bool
+    scale: bool
+    bias: bool
+
+
+class Problem(NamedTuple):
+    """One batch, checked. Without a mask the similarity is the dot product."""
+
+    image: Tensor  # (N, D)
+    text: Tensor  # (M, D)
+    mask: Tensor | None  # (M, D)
+    scale: Tensor  # one element
+    bias: Tensor | None = None
+    image_ids: Tensor | None = None  # (N,) int64
+    text_ids: Tensor | None = None  # (M,)
+    image_ignore: Tensor | None = None
+    text_ignore: Tensor | None = None
+    objective: str = "softmax"
+    label_smoothing: float = 0.0
+    workspace: int = 0  # bytes
+
+    @property
+    def n(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.text.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.image.shape[1]
+
+    @property
+    def traits(self) -> Objective:
+        return OBJECTIVES[self.objective]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scores, statistics and losses."""
+        return compute_dtype(self.image.dtype)
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient, in the order of `Needs`."""
+        return self.image, self.text, self.mask, self.scale, self.bias
+
+
+class Backend(Protocol):
+    """What ops.py calls. Gradients come in the order of `Needs`; those not needed are empty tensors."""
+
+    name: str
+
+    def unavailable(self) -> str:
+        """Why it cannot run here and what would help, or ""."""
+
+    def runs_on(self, device_type: str) -> bool: ...
+
+    def kept_shape(self, problem: Problem) -> tuple[int, ...]:
+        """Shape of the products that `loss` keeps for `loss_backward`; (0,) where they do not fit the workspace."""
+
+    def loss(self, problem: Problem) -> Tensors:
+        """rows (N,), columns (M,), statistics of rows and columns (planes, N or M), kept products."""
+
+    def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
+        """Gradients, from what `loss` returned after the losses and the gradients of rows and columns."""
+
+    def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
+        """The sum of all losses (0-D) and its gradients, for an objective without statistics."""
+
+    def masked_similarity(self, problem: Problem) -> Tensor: ...
+
+    def masked_similarity_backward(self, problem: Problem, grad_sim: Tensor, needs: Needs) -> Tensors: ...
+
+    def masked_topk(self, problem: Problem, k: int, per_text: bool) -> tuple[Tensor, Tensor]: ...
+
+    def retrieval_ranks(self, problem: Problem, per_text: bool) -> Tensor: ...
+
+
+def ranks_of_ids(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 ranks, equal where the ids are: kernels compare half as many bytes. A sort, so no synchronisation."""
+    ids, order = torch.cat([row_ids, column_ids]).sort()
+    ranks = torch.empty_like(order, dtype=torch.int32)
+    changes = torch.zeros_like(ids, dtype=torch.int32)
+    changes[1:] = ids[1:] != ids[:-1]
+    ranks[order] = changes.cumsum(0, dtype=torch.int32)
+    return ranks[: len(row_ids)].contiguous(), ranks[len(row_ids) :].contiguous()
+
+
+def empty_gradients(problem: Problem, needs: Needs) -> list[Tensor]:
+    """Uninitialised gradients where they are needed, else empty tensors."""
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if need and x is not None
+        else torch.empty(0, dtype=(problem.scale if x is None else x).dtype, device=problem.image.device)
+        for x, need in zip(problem.inputs(), needs, strict=True)
+    ]
