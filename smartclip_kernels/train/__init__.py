@@ -1,0 +1,1 @@
+"""The thin reference trainer: ``smartclip-train``, or ``python -m smartclip_kernels.train``."""
