@@ -71,8 +71,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        # Not self.build_temp: that is a new folder for every editable install, and everything would be compiled again.
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{self.plat_name}"
         # pip's isolated builds leave paths here that no longer exist: configure anew, keep the objects.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
