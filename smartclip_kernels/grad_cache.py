@@ -44,12 +44,12 @@ class GradCache:
     An input is a tensor (``model(x)``), a list or tuple (``model(*x)``) or a mapping (``model(**x)``), nested as you
     like. Tensors of at least one dimension are split along their first; everything else goes to every chunk as it is.
 
-    An encoder returns a tensor, a tuple or list of them (positional arguments of `loss_fn`: ``(text, mask)`` is two)
+    An encoder returns a tensor, a tuple or list of them (positional arguments of `loss_fn`, two for ``(text, mask)``)
     or a mapping (keyword arguments). None is passed along. Chunks are joined along the first dimension.
 
     The second pass repeats the first exactly: torch's generators, of the CPU and of every device that the encoder's
-    inputs, parameters and buffers live on, are put back to where they were, chunk by chunk, and advance once in all. Not
-    repeated: random numbers of Python, NumPy or a `torch.Generator` of one's own.
+    inputs, parameters and buffers live on, are put back to where they were, chunk by chunk, and advance once in all.
+    Not repeated: random numbers of Python, NumPy or a `torch.Generator` of one's own.
 
     Hazards: a module that updates buffers in its forward (batch normalisation's running statistics) does so twice a
     step, and normalises over a chunk, not the batch. Inputs that need gradients have to be leaves.
@@ -264,12 +264,12 @@ class RandomState:
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self.cpu = torch.get_rng_state()
-        self.devices = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+        self.devices = {d: torch.get_device_module(d).get_rng_state(*_index(d)) for d in devices}
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, *_index(device))
 
     @contextmanager
     def replay(self) -> Iterator[None]:
@@ -280,6 +280,11 @@ class RandomState:
             yield
         finally:
             now.restore()
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    """What the random state functions of a device's module take to find it: there is one MPS, and they take nothing."""
+    return () if device.type == "mps" else (device,)
 
 
 def _chunk_sizes(chunk_sizes: int | Sequence[int], n_models: int) -> list[int]:

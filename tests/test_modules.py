@@ -112,6 +112,20 @@ def test_smartclip_loss(objective: Any) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("learned", ["image", "text", "mask", "scale"])
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+def test_smartclip_loss_with_one_learned_input(objective: Any, learned: str) -> None:
+    """Locked towers: a mask head over a frozen text tower, for one."""
+    image, text, scale, _ = leaves(torch.float64)
+    named = {"image": image, "text": text, "mask": torch.rand(N, D, dtype=torch.float64), "scale": scale}
+    inputs = {key: x.detach().requires_grad_(key == learned) for key, x in named.items()}
+    got = SmartClipLoss(objective)(*inputs.values())
+    expected = reference.loss(*inputs.values(), objective=objective)
+    assert isinstance(expected, Tensor)
+    for mine, other in zip(gradients(got, (inputs[learned],)), gradients(expected, (inputs[learned],)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-13)
+
+
 def test_smartclip_loss_takes_a_bool_mask() -> None:
     image, text, scale, _ = leaves(torch.float32)
     mask = torch.rand(N, D) < 0.7
