@@ -1,0 +1,340 @@
+"""Inputs, truth and the accuracy assertion: for our tests, and for anyone who checks a backend on another machine.
+
+    from smartclip_kernels import testing
+
+    inputs = testing.make_inputs(507, 252, 640, similarity="masked_cosine", dtype=torch.bfloat16)
+    testing.check_loss(inputs, backend="cpu")
+
+Truth is `reference.py` in float64 on the inputs as they were rounded. An output may err 1.25 times as much as the
+same formulas in eager float32 do in that row, plus a floor. Rows are judged one by one, element by element, so that a
+bad row cannot hide in a norm. `TOLERANCES` is the one table of these numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smartclip_kernels import reference
+
+EAGER_FACTOR = 1.25
+"""How much larger than eager's largest error of the row an error may be."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative errors that outputs of one input dtype may have."""
+
+    unit: float  # of the precision of scores and sums: times 1 + the row's largest logit
+    loss: float  # of a loss: times |loss| + the row's largest logit
+    score_rounding: float  # where a backend rounds G to the inputs' dtype before the products
+
+
+# In float64 the truth is no more precise than what it judges: both err, which doubles what eager alone would have.
+TOLERANCES = {
+    torch.float64: Tolerance(unit=2.0**-51, loss=1e-6 * 2.0**-28, score_rounding=0.0),
+    torch.float32: Tolerance(unit=2.0**-23, loss=1e-6, score_rounding=0.0),
+    torch.bfloat16: Tolerance(unit=2.0**-23, loss=1e-6, score_rounding=2.0**-7),
+    torch.float16: Tolerance(unit=2.0**-23, loss=1e-6, score_rounding=2.0**-9),
+}
+
+DIFFERENTIABLE = ("image", "text", "mask", "logit_scale", "logit_bias")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call of a loss: its tensors and options, and which arguments are to receive gradients."""
+
+    image: Tensor  # (N, D)
+    text: Tensor  # (M, D)
+    mask: Tensor | None = None  # (M, D)
+    logit_scale: Tensor | float = 1.0
+    logit_bias: Tensor | float | None = None
+    objective: str = "softmax"
+    image_ids: Tensor | None = None
+    text_ids: Tensor | None = None
+    ignore_ids: tuple[Tensor, Tensor] | None = None
+    label_smoothing: float = 0.0
+    wanted: tuple[str, ...] = DIFFERENTIABLE
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.image.dtype
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The floating tensors that gradients are wanted for, by name."""
+        return self._floating(self.wanted)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values in another precision."""
+        cast: dict[str, Any] = {name: value.to(dtype) for name, value in self._floating(DIFFERENTIABLE).items()}
+        return replace(self, **cast)
+
+    def _floating(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in names}
+        return {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a loss gave: `values` holds "loss" (or "loss_row", "loss_column") and "grad_…" of every leaf."""
+
+    values: dict[str, Tensor]
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)  # of each output's terms, broadcastable; truth only
+
+
+Loss = Callable[[Inputs, str], "Tensor | tuple[Tensor, Tensor]"]
+
+
+def make_inputs(
+    n: int,
+    m: int | None = None,
+    d: int = 64,
+    *,
+    similarity: Literal["dot", "masked_cosine"] = "dot",
+    objective: str = "softmax",
+    dtype: torch.dtype = torch.float32,
+    mask: Literal["bool", "hard", "soft"] = "hard",
+    scale: float = 20.0,
+    bias: float | None = None,
+    normalize: bool = True,
+    ids: bool | None = None,
+    ignore: bool = False,
+    label_smoothing: float = 0.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Correlated image and text features (N, D), (M, D), rounded to `dtype`, with everything else that a loss takes.
+
+    With `ids` (by default where N ≠ M) rows have several positives, one or none, and ids are spread over all of int64;
+    with `ignore` about one pair in sixteen has equal ignore ids. `logit_scale` and `logit_bias` are 0-D tensors of the
+    precision of the scores.
+    """
+    m = n if m is None else m
+    ids = n != m if ids is None else ids
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def randint(high: int, size: int) -> Tensor:
+        return torch.randint(high, (size,), generator=generator)
+
+    concepts = max(1, (3 * max(n, m)) // 4)
+    image_concept = randint(concepts, n) if ids else torch.arange(n)
+    text_concept = randint(concepts, m) if ids else torch.arange(m)
+    meaning = randn(max(n, m), d)
+    image = meaning[image_concept] + randn(n, d)
+    text = meaning[text_concept] + randn(m, d)
+    if normalize:
+        image, text = F.normalize(image), F.normalize(text)
+    masks = None
+    if similarity == "masked_cosine":
+        soft = torch.rand(m, d, generator=generator, dtype=torch.float64)
+        masks = {"bool": soft < 0.6, "hard": (soft < 0.6).to(dtype), "soft": soft.to(dtype)}[mask].to(device)
+    # An odd multiplier permutes the integers modulo 2⁶⁴: ids stay equal or different, and use every bit.
+    spread = 0x1E3779B97F4A7C15
+    ignore_ids = (randint(16, n).to(device), randint(16, m).to(device)) if ignore else None
+    precision = reference.compute_dtype(dtype)
+    return Inputs(
+        image=image.to(device, dtype),
+        text=text.to(device, dtype),
+        mask=masks,
+        logit_scale=torch.tensor(scale, dtype=precision, device=device),
+        logit_bias=None if bias is None else torch.tensor(bias, dtype=precision, device=device),
+        objective=objective,
+        image_ids=(image_concept * spread).to(device) if ids else None,
+        text_ids=(text_concept * spread).to(device) if ids else None,
+        ignore_ids=ignore_ids,
+        label_smoothing=label_smoothing,
+    )
+
+
+def fused_loss(backend: str | None = None) -> Loss:
+    """The library's own loss for given inputs: `clip_loss`, `siglip_loss` or `smartclip_loss` on `backend`."""
+    from smartclip_kernels import functional
+
+    def call(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+        pairs = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
+        common = {**pairs, "reduction": reduction, "backend": backend}
+        if x.mask is not None:
+            return functional.smartclip_loss(
+                x.image,
+                x.text,
+                x.mask,
+                x.logit_scale,
+                x.logit_bias,
+                objective=x.objective,
+                label_smoothing=x.label_smoothing,
+                **common,
+            )
+        if x.objective == "sigmoid":
+            return functional.siglip_loss(x.image, x.text, x.logit_scale, x.logit_bias, **common)
+        return functional.clip_loss(
+            x.image, x.text, x.logit_scale, x.logit_bias, label_smoothing=x.label_smoothing, **common
+        )
+
+    return call
+
+
+def eager_loss(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
+    """The definition, in the precision of `x`."""
+    return reference.loss(
+        x.image,
+        x.text,
+        x.mask,
+        x.logit_scale,
+        x.logit_bias,
+        objective=x.objective,
+        reduction=reduction,
+        image_ids=x.image_ids,
+        text_ids=x.text_ids,
+        ignore_ids=x.ignore_ids,
+        label_smoothing=x.label_smoothing,
+    )
+
+
+def evaluate(inputs: Inputs, loss: Loss, reduction: str = "mean") -> Outputs:
+    """Loss and gradients. The incoming gradient is 0.7, and with "none" another one for every anchor, some negative."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.leaves.items()}
+    result = loss(replace(inputs, **leaves), reduction)
+    losses = result if isinstance(result, tuple) else (result,)
+    values = dict(zip(("loss",) if len(losses) == 1 else ("loss_row", "loss_column"), losses, strict=True))
+    incoming = [
+        torch.linspace(-0.5, 1.5, len(x), dtype=x.dtype, device=x.device) if x.ndim else torch.full_like(x, 0.7)
+        for x in losses
+    ]
+    gradients = torch.autograd.grad(losses, list(leaves.values()), incoming) if leaves else ()
+    values |= {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return Outputs({name: value.detach() for name, value in values.items()})
+
+
+def eager(inputs: Inputs, reduction: str = "mean") -> Outputs:
+    """The definition as a user would write it: scores in float32 (float64 for float64), outputs rounded once."""
+    return evaluate(inputs, eager_loss, reduction)
+
+
+def truth(inputs: Inputs, reduction: str = "mean") -> Outputs:
+    """The definition in float64, with the magnitude of what each output is made of: logits, terms of sums."""
+    exact = inputs.to(torch.float64)
+    n, m = len(exact.image), len(exact.text)
+    # A bias for every pair: its gradient is G.
+    pair_bias = exact.image.new_zeros(n, m) + (0.0 if exact.logit_bias is None else exact.logit_bias)
+    exact = replace(exact, logit_bias=pair_bias, wanted=(*inputs.wanted, "logit_bias"))
+    values = evaluate(exact, eager_loss, reduction).values
+    score_gradient = values.pop("grad_logit_bias")
+    if "logit_bias" in inputs.leaves:
+        values["grad_logit_bias"] = score_gradient.sum()
+    sim = reference.similarity(exact.image, exact.text, exact.mask)
+    largest = (sim * exact.logit_scale + pair_bias).abs()
+    row, column = largest.amax(1, keepdim=True), largest.amax(0)[:, None]
+    anchors = row.mean() if reduction == "mean" else row.sum()
+    magnitudes = {
+        "loss": row if reduction == "none" else anchors,
+        "loss_row": row,
+        "loss_column": column,
+        "grad_image": (1 + row) * _row_max(values.get("grad_image")),
+        "grad_text": (1 + column) * _row_max(values.get("grad_text")),
+        "grad_mask": (1 + column) * _row_max(values.get("grad_mask")),
+        "grad_logit_scale": (1 + row.max()) * (score_gradient * sim).abs().sum(),
+        "grad_logit_bias": (1 + row.max()) * score_gradient.abs().sum(),
+    }
+    return Outputs(values, magnitudes)
+
+
+def _row_max(value: Tensor | None) -> Tensor:
+    return torch.zeros(()) if value is None else value.abs().amax(1, keepdim=True)
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance from |value| to the next number of `dtype`, in float64."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(value.double()).exponent - 1
+    return torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float64), exponent).clamp(min=info.tiny * info.eps)
+
+
+def assert_accurate(
+    actual: Tensor, eager_error: Tensor, true: Tensor, allowance: Tensor | float, *, name: str = "output"
+) -> None:
+    """|actual − true| ≤ 1.25 × the row's largest `eager_error` + `allowance` + 1 ulp of `actual`, element by element.
+
+    Args:
+        actual: (rows, columns) in any dtype; fewer dimensions are one row, or rows of one element.
+        eager_error: |eager − true|, as `actual`.
+        true: float64, as `actual`.
+        allowance: what else is allowed, broadcastable over rows × columns.
+
+    Raises:
+        AssertionError: names the worst row and element, its error and what was allowed.
+    """
+    rows = true.reshape(-1, 1) if true.ndim < 2 else true
+    got = actual.to(torch.float64).reshape(rows.shape)
+    error = (got - rows).abs()
+    eager_row = eager_error.reshape(rows.shape).amax(1, keepdim=True)
+    allowed = EAGER_FACTOR * eager_row + allowance + ulp(rows, actual.dtype)
+    # Negated, so that a NaN is bad; equal infinities are as good as equal numbers.
+    bad = ~((error <= allowed) | (got == rows))
+    if not bad.any():
+        return
+    ratio = torch.where(bad, (error / allowed).nan_to_num(nan=torch.inf), 0)
+    i, j = divmod(int(ratio.argmax()), rows.shape[1])
+    raise AssertionError(
+        f"{name} {list(actual.shape)} {actual.dtype}: {int(bad.any(1).sum())} of {len(rows)} rows are wrong. "
+        f"Worst is row {i}, element {j}: got {got[i, j]:.9g}, true {rows[i, j]:.9g}, error {error[i, j]:.3g} = "
+        f"{ratio[i, j]:.3g} × the allowed {allowed[i, j]:.3g}; eager's largest here {eager_row[i, 0]:.3g}"
+    )
+
+
+def eager_errors(inputs: Inputs, true: Outputs, reduction: str = "mean") -> dict[str, Tensor]:
+    """|eager − truth| of every output. For float64, where eager is the truth: float32's, scaled to float64."""
+    if inputs.dtype != torch.float64:
+        values = eager(inputs, reduction).values
+        return {name: (value.double() - true.values[name]).abs() for name, value in values.items()}
+    narrow = inputs.to(torch.float32)
+    errors = eager_errors(narrow, truth(narrow, reduction), reduction)
+    finer = TOLERANCES[torch.float64].unit / TOLERANCES[torch.float32].unit
+    return {name: error * finer for name, error in errors.items()}
+
+
+def check_outputs(actual: Outputs, inputs: Inputs, reduction: str = "mean", *, scores_rounded: bool = False) -> None:
+    """Assert that `actual` has the shapes and dtypes of what it is the output for, and is accurate.
+
+    `scores_rounded`: the backend rounds G to the inputs' half precision before the gradients' products.
+    """
+    true = truth(inputs, reduction)
+    errors = eager_errors(inputs, true, reduction)
+    tolerance = TOLERANCES[inputs.dtype]
+    assert actual.values.keys() == true.values.keys(), f"got {list(actual.values)}, need {list(true.values)}"
+    for name, expected in true.values.items():
+        value = actual.values[name]
+        if name.startswith("loss"):
+            assert value.dtype == reference.compute_dtype(inputs.dtype), f"{name} is {value.dtype}"
+            assert value.shape == expected.shape, f"{name} has shape {tuple(value.shape)}"
+            rows = expected.reshape(-1, 1)
+            allowed = tolerance.loss * (rows.abs() + true.magnitudes[name])
+            # A loss has a bound of its own: eager's error is no excuse.
+            assert_accurate(value, torch.zeros_like(expected), expected, allowed, name=name)
+            continue
+        leaf = inputs.leaves[name.removeprefix("grad_")]
+        assert value.dtype == leaf.dtype, f"{name} is {value.dtype}, its argument {leaf.dtype}"
+        assert value.shape == leaf.shape, f"{name} has shape {tuple(value.shape)}, its argument {tuple(leaf.shape)}"
+        allowed = tolerance.unit * true.magnitudes[name]
+        if scores_rounded:
+            rows = expected if expected.ndim == 2 else expected.reshape(1, -1)
+            allowed = allowed + tolerance.score_rounding * _row_max(rows)
+        assert_accurate(value, errors[name], expected, allowed, name=name)
+
+
+def check_loss(
+    inputs: Inputs, reduction: str = "mean", *, backend: str | None = None, scores_rounded: bool = False
+) -> Outputs:
+    """Run the library's loss on `inputs`, forward and backward, and assert that all of it is accurate; returns it."""
+    actual = evaluate(inputs, fused_loss(backend), reduction)
+    check_outputs(actual, inputs, reduction, scores_rounded=scores_rounded)
+    return actual

@@ -1,0 +1,55 @@
+"""What every test file uses: the backends that run here, a workspace for one test, poisoned memory, subprocesses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import smartclip_kernels as sk
+
+BACKENDS = sk.available_backends()
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture
+def set_workspace() -> Iterator[Callable[[float], None]]:
+    """`sk.set_workspace` for one test."""
+    yield sk.set_workspace
+    sk.set_workspace(None)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory from `torch.empty` arrives full of NaN: whoever leaves an output or a buffer unwritten is found out."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def run_python() -> Run:
+    """Run a piece of Python in a process of its own, with `environment` on top of ours (None takes a variable away)."""
+
+    def run(
+        code: str, *arguments: str, timeout: float = 300, **environment: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        merged = {**os.environ, **environment}
+        merged = {name: value for name, value in merged.items() if value is not None}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run

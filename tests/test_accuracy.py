@@ -1,0 +1,432 @@
+"""Every loss, forward and backward, against the definition in float64: the grid and the hard corners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from smartclip_kernels import reference, testing
+from smartclip_kernels.testing import Inputs, check_loss, make_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+SIMILARITIES = ("dot", "masked_cosine")
+OBJECTIVES = tuple(reference.OBJECTIVES)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+
+similarities = pytest.mark.parametrize("similarity", SIMILARITIES)
+objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+
+SHAPES = [
+    (1, 1, 8),
+    (7, 7, 64),
+    (1, 252, 16),
+    (252, 1, 16),
+    (7, 127, 640),
+    (129, 127, 768),
+    (127, 127, 1000),
+    (252, 129, 1152),
+    (252, 252, 2048),
+    (507, 507, 40),
+    (507, 252, 512),
+]
+
+
+@similarities
+@objectives
+@dtypes
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_grid(backend: str, similarity: Any, objective: str, dtype: torch.dtype, n: int, m: int, d: int) -> None:
+    bias = -3.0 if objective == "sigmoid" else None
+    check_loss(
+        make_inputs(n, m, d, similarity=similarity, objective=objective, dtype=dtype, bias=bias), backend=backend
+    )
+
+
+@similarities
+@objectives
+@dtypes
+@reductions
+@pytest.mark.parametrize("megabytes", [0.001, 0.25, 2, 1024])
+def test_many_tiles(
+    backend: str,
+    similarity: Any,
+    objective: str,
+    dtype: torch.dtype,
+    reduction: str,
+    megabytes: float,
+    set_workspace: Callable[[float], None],
+) -> None:
+    """The workspace decides how the scores are cut, and whether they are kept; never the result."""
+    set_workspace(megabytes)
+    inputs = make_inputs(300, 277, 72, similarity=similarity, objective=objective, dtype=dtype, ids=True, bias=0.5)
+    check_loss(replace(inputs, ignore_ids=(torch.arange(300) % 9, torch.arange(277) % 9)), reduction, backend=backend)
+
+
+@pytest.mark.slow
+@similarities
+@objectives
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("megabytes", [16, 64, 512])
+def test_default_tiles(
+    backend: str,
+    similarity: Any,
+    objective: str,
+    dtype: torch.dtype,
+    megabytes: float,
+    set_workspace: Callable[[float], None],
+) -> None:
+    """More scores than one tile of the default workspace holds."""
+    set_workspace(megabytes)
+    inputs = make_inputs(5003, 4099, 64, similarity=similarity, objective=objective, dtype=dtype, bias=-1.0)
+    check_loss(inputs, backend=backend)
+
+
+@similarities
+@objectives
+@dtypes
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_scale(backend: str, similarity: Any, objective: str, dtype: torch.dtype, scale: float) -> None:
+    inputs = make_inputs(129, 127, 96, similarity=similarity, objective=objective, dtype=dtype, scale=scale)
+    check_loss(inputs, backend=backend)
+
+
+@objectives
+@dtypes
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("related", [True, False])
+def test_unnormalised_features(backend: str, objective: str, dtype: torch.dtype, scale: float, related: bool) -> None:
+    """Logits in the ten thousands: related pairs win by far more than float32 can tell from certainty."""
+    inputs = make_inputs(127, 127, 64, objective=objective, dtype=dtype, scale=scale, normalize=False, seed=3)
+    if not related:
+        inputs = replace(inputs, text=inputs.text.roll(1, 0))
+    check_loss(inputs, backend=backend)
+
+
+@objectives
+@dtypes
+def test_unnormalised_masked(backend: str, objective: str, dtype: torch.dtype) -> None:
+    """The masked cosine knows no lengths, not even of images whose squares leave half precision."""
+    inputs = make_inputs(60, 61, 64, similarity="masked_cosine", objective=objective, dtype=dtype, normalize=False)
+    lengths = 2.0 ** torch.linspace(-8, 9, 60).round()[:, None].to(dtype)
+    check_loss(replace(inputs, image=inputs.image * lengths), backend=backend)
+
+
+@similarities
+@dtypes
+def test_scale_100_and_no_cosine_above_5_percent(backend: str, similarity: Any, dtype: torch.dtype) -> None:
+    """e^(s − scale) underflows for every pair of the row here: only a maximum that was seen will do as a shift."""
+    inputs = make_inputs(127, 127, 512, similarity=similarity, dtype=dtype, mask="soft", scale=100.0)
+    true_image = torch.nn.functional.normalize(
+        inputs.image.double() - inputs.image.double() @ torch.linalg.pinv(inputs.text.double()) @ inputs.text.double()
+    )
+    if similarity == "dot":
+        inputs = replace(inputs, image=(true_image + 0.02 * inputs.text.double()).to(dtype))
+        sim = reference.similarity(inputs.image.double(), inputs.text.double())
+        assert sim.abs().max() < 0.05
+    else:
+        inputs = replace(inputs, image=-inputs.image)  # cosines of the right pairs are the lowest of their rows
+    check_loss(inputs, backend=backend)
+    far = replace(inputs, logit_bias=torch.tensor(-200.0, dtype=reference.compute_dtype(dtype)))
+    values = testing.evaluate(far, testing.fused_loss(backend)).values
+    assert values["loss"].isfinite() and values["grad_image"].abs().max() > 0
+
+
+@similarities
+@objectives
+@dtypes
+def test_scale_zero(backend: str, similarity: Any, objective: str, dtype: torch.dtype) -> None:
+    """Features get no gradient at α = 0; the scale does."""
+    inputs = make_inputs(127, 129, 64, similarity=similarity, objective=objective, dtype=dtype, scale=0.0, bias=-1.0)
+    values = check_loss(inputs, backend=backend).values
+    assert not values["grad_image"].any() and not values["grad_text"].any()
+    assert values["grad_logit_scale"].abs() > 0
+
+
+@similarities
+@dtypes
+def test_bias_of_a_softmax(backend: str, similarity: Any, dtype: torch.dtype) -> None:
+    values = check_loss(make_inputs(64, 64, 32, similarity=similarity, dtype=dtype, bias=2.5), backend=backend).values
+    assert values["grad_logit_bias"] == 0  # not about: exactly
+
+
+@similarities
+@objectives
+@reductions
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_everything_at_once(backend: str, similarity: Any, objective: str, reduction: str, dtype: torch.dtype) -> None:
+    """Several positives, rows without any, ignored pairs, smoothing, bias, soft masks, N ≠ M."""
+    inputs = make_inputs(
+        252,
+        190,
+        40,
+        similarity=similarity,
+        objective=objective,
+        dtype=dtype,
+        mask="soft",
+        bias=-1.5,
+        ids=True,
+        ignore=True,
+        label_smoothing=0.1 if objective == "softmax" else 0.0,
+    )
+    positive = reference.positive_pairs(inputs.image, inputs.text, inputs.image_ids, inputs.text_ids)
+    assert (positive.sum(1) == 0).any() and (positive.sum(1) > 1).any() and (positive.sum(0) == 0).any()
+    check_loss(inputs, reduction, backend=backend)
+
+
+@similarities
+@reductions
+@pytest.mark.parametrize("label_smoothing", [0.01, 0.5, 0.999])
+def test_label_smoothing(backend: str, similarity: Any, reduction: str, label_smoothing: float) -> None:
+    inputs = make_inputs(90, 70, 24, similarity=similarity, label_smoothing=label_smoothing, bias=1.0)
+    check_loss(inputs, reduction, backend=backend)
+
+
+@similarities
+@objectives
+@reductions
+def test_nothing_is_positive(backend: str, similarity: Any, objective: str, reduction: str) -> None:
+    """No anchor at all: the softmax costs nothing and pulls nowhere, the sigmoid pushes every pair apart."""
+    inputs = make_inputs(33, 29, 16, similarity=similarity, objective=objective, bias=-1.0)
+    inputs = replace(inputs, image_ids=torch.arange(33), text_ids=-1 - torch.arange(29))
+    values = check_loss(inputs, reduction, backend=backend).values
+    if objective == "softmax":
+        assert not any(value.any() for value in values.values())
+
+
+@similarities
+@objectives
+@reductions
+def test_everything_is_positive(backend: str, similarity: Any, objective: str, reduction: str) -> None:
+    inputs = make_inputs(33, 29, 16, similarity=similarity, objective=objective, bias=1.0)
+    ids = {"image_ids": torch.full((33,), 2**62), "text_ids": torch.full((29,), 2**62)}
+    check_loss(replace(inputs, **ids), reduction, backend=backend)
+
+
+@similarities
+@objectives
+def test_ids_that_differ_in_their_high_bits_only(backend: str, similarity: Any, objective: str) -> None:
+    inputs = make_inputs(64, 64, 16, similarity=similarity, objective=objective, bias=0.0)
+    ids = (torch.arange(64) << 56) + 5
+    assert (ids.int() == 5).all()
+    check_loss(replace(inputs, image_ids=ids, text_ids=ids.flip(0)), backend=backend)
+
+
+@similarities
+@objectives
+@reductions
+def test_a_row_whose_every_negative_is_ignored(backend: str, similarity: Any, objective: str, reduction: str) -> None:
+    """And rows without a positive that have no candidate left."""
+    inputs = make_inputs(40, 30, 16, similarity=similarity, objective=objective, bias=0.25)
+    ignore = (torch.zeros(40, dtype=torch.int64), torch.zeros(30, dtype=torch.int64))
+    check_loss(replace(inputs, ignore_ids=ignore), reduction, backend=backend)
+
+
+@similarities
+@objectives
+def test_ids_on_the_diagonal_are_the_default(backend: str, similarity: Any, objective: str) -> None:
+    inputs = make_inputs(65, 65, 16, similarity=similarity, objective=objective, bias=0.0)
+    ids = torch.randperm(65) - 30
+    explicit = replace(inputs, image_ids=ids, text_ids=ids)
+    plain, named = (testing.evaluate(x, testing.fused_loss(backend)).values for x in (inputs, explicit))
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            named[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@objectives
+@dtypes
+@pytest.mark.parametrize("kind", ["bool", "hard", "soft"])
+@pytest.mark.parametrize("mask_dtype", [None, *DTYPES], ids=str)
+def test_mask_dtypes(
+    backend: str, objective: str, dtype: torch.dtype, kind: Any, mask_dtype: torch.dtype | None
+) -> None:
+    """Masks need not have the features' dtype; their gradient has the mask's."""
+    if kind == "bool" and mask_dtype is not None:
+        pytest.skip("a bool mask has no other dtype")
+    inputs = make_inputs(60, 50, 48, similarity="masked_cosine", objective=objective, dtype=dtype, mask=kind, bias=0.0)
+    assert inputs.mask is not None
+    check_loss(replace(inputs, mask=inputs.mask if mask_dtype is None else inputs.mask.to(mask_dtype)), backend=backend)
+
+
+@objectives
+@dtypes
+def test_empty_masks_and_zero_texts(backend: str, objective: str, dtype: torch.dtype) -> None:
+    """Undefined cosines are 0 and pass no gradient; others in the same tile do not notice."""
+    inputs = make_inputs(
+        64, 64, 32, similarity="masked_cosine", objective=objective, dtype=dtype, mask="soft", bias=0.0
+    )
+    assert inputs.mask is not None
+    image, text, mask = inputs.image.clone(), inputs.text.clone(), inputs.mask.clone()
+    mask[[0, 5, 63]] = 0
+    text[[1, 5, 40]] = 0
+    image[[2, 63]] = 0
+    image[3, :16] = 0
+    mask[7, 16:] = 0  # where image 3 is zero
+    inputs = replace(inputs, image=image, text=text, mask=mask)
+    values = check_loss(inputs, backend=backend).values
+    assert not values["grad_text"][[0, 1, 5, 40, 63]].any()
+    assert not values["grad_mask"][[0, 1, 5, 40, 63]].any()
+    assert not values["grad_image"][[2, 63]].any()
+
+
+@objectives
+@pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 2.0])
+def test_the_smallest_norms(backend: str, objective: str, factor: float) -> None:
+    """‖image ⊙ mask‖ just under and just over 1e-6, ‖text‖ around 1e-12."""
+    inputs = make_inputs(32, 32, 16, similarity="masked_cosine", objective=objective, dtype=torch.float64, bias=0.0)
+    assert inputs.mask is not None
+    norm = (inputs.image[:8] * inputs.mask[3]).norm(dim=1, keepdim=True)
+    image = torch.cat([inputs.image[:8] / norm * 1e-6 * factor, inputs.image[8:]])
+    text = torch.cat([inputs.text[:4] / inputs.text[:4].norm(dim=1, keepdim=True) * 1e-12 * factor, inputs.text[4:]])
+    check_loss(replace(inputs, image=image, text=text, wanted=("logit_scale",)), backend=backend)
+
+
+@similarities
+@objectives
+@dtypes
+@pytest.mark.parametrize("layout", ["transposed", "every_other", "columns", "expanded", "negative_offset"])
+def test_strides(backend: str, similarity: Any, objective: str, dtype: torch.dtype, layout: str) -> None:
+    inputs = make_inputs(50, 50, 24, similarity=similarity, objective=objective, dtype=dtype, mask="soft", bias=0.0)
+
+    def strided(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            return None
+        if layout == "transposed":
+            return x.T.contiguous().T
+        if layout == "every_other":
+            return torch.stack([x, torch.full_like(x, torch.nan)], 1).reshape(100, 24)[::2]
+        if layout == "columns":
+            return torch.stack([x, torch.full_like(x, torch.nan)], 2).reshape(50, 48)[:, ::2]
+        if layout == "expanded":
+            return x[:1].expand(50, 24)
+        return torch.cat([torch.full((1,), torch.nan, dtype=dtype), x.reshape(-1)])[1:].reshape(50, 24)  # odd address
+
+    ids = torch.stack([torch.arange(50), torch.zeros(50, dtype=torch.int64)], 1)[:, 0]
+    layouts = {name: strided(getattr(inputs, name)) for name in ("image", "text", "mask")}
+    check_loss(replace(inputs, **layouts, image_ids=ids, text_ids=ids.clone()), backend=backend)
+
+
+@objectives
+@similarities
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    "wanted", [*((name,) for name in testing.DIFFERENTIABLE), ("image", "logit_scale"), ("text", "mask")]
+)
+def test_only_the_gradients_that_are_wanted(
+    backend: str, similarity: Any, objective: str, dtype: torch.dtype, wanted: tuple[str, ...]
+) -> None:
+    """A locked tower, a fixed scale: each gradient is right without the others, and nobody else gets one."""
+    if wanted == ("mask",) and similarity == "dot":
+        pytest.skip("the dot product has no mask")
+    inputs = make_inputs(129, 100, 32, similarity=similarity, objective=objective, dtype=dtype, bias=-0.5, mask="soft")
+    check_loss(replace(inputs, wanted=wanted), backend=backend)
+    fixed = replace(inputs, image=inputs.image.clone(), text=inputs.text.clone(), wanted=wanted)
+    leaves = {name: value.clone().requires_grad_() for name, value in fixed.leaves.items()}
+    loss = testing.fused_loss(backend)(replace(fixed, **leaves), "mean")  # type: ignore[arg-type]
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    for name in testing.DIFFERENTIABLE:
+        value = leaves.get(name, getattr(fixed, name))
+        if isinstance(value, torch.Tensor):
+            assert (value.grad is not None) == (name in leaves), name
+
+
+def as_given(value: float, form: str, dtype: torch.dtype) -> torch.Tensor | float:
+    return {
+        "float": value,
+        "int": int(value),
+        "0-D": torch.tensor(value, dtype=dtype),
+        "(1,)": torch.tensor([value], dtype=dtype),
+        "(1, 1)": torch.tensor([[value]], dtype=dtype),
+    }[form]
+
+
+@similarities
+@objectives
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
+)
+@pytest.mark.parametrize("form", ["float", "int", "0-D", "(1,)", "(1, 1)"])
+def test_forms_of_scale_and_bias(backend: str, similarity: Any, objective: str, dtype: torch.dtype, form: str) -> None:
+    """Gradients of scale and bias have their shape and dtype, whichever floating dtype that is."""
+    inputs = make_inputs(40, 40, 24, similarity=similarity, objective=objective, dtype=dtype)
+    for scalar in (torch.float32, reference.compute_dtype(dtype), torch.float64):
+        given = {"logit_scale": as_given(12, form, scalar), "logit_bias": as_given(-2, form, scalar)}
+        check_loss(replace(inputs, **given), backend=backend)
+
+
+@similarities
+@objectives
+@dtypes
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["image", "text"])
+def test_nan_is_seen(backend: str, similarity: Any, objective: str, dtype: torch.dtype, where: str, bad: float) -> None:
+    """A NaN in one row reaches the loss and that row's gradient: nothing swallows it, and nothing hangs."""
+    inputs = make_inputs(70, 70, 24, similarity=similarity, objective=objective, dtype=dtype, bias=0.0)
+    broken = getattr(inputs, where).clone()
+    broken[13, 5] = bad
+    if inputs.mask is not None:
+        inputs.mask[:, 5] = 1
+    values = testing.evaluate(replace(inputs, **{where: broken}), testing.fused_loss(backend)).values
+    assert not values["loss"].isfinite()
+    assert values[f"grad_{where}"][13].isnan().all()
+
+
+@objectives
+def test_nan_in_a_mask_is_seen(backend: str, objective: str) -> None:
+    inputs = make_inputs(70, 70, 24, similarity="masked_cosine", objective=objective, mask="soft", bias=0.0)
+    assert inputs.mask is not None
+    inputs.mask[13, 5] = torch.nan
+    values = testing.evaluate(inputs, testing.fused_loss(backend)).values
+    assert values["loss"].isnan()
+    assert values["grad_mask"][13].isnan().any() and values["grad_text"][13].isnan().any()
+
+
+@similarities
+@objectives
+@pytest.mark.parametrize("which", ["logit_scale", "logit_bias"])
+def test_nan_in_a_scalar_is_seen(backend: str, similarity: Any, objective: str, which: str) -> None:
+    inputs = make_inputs(20, 20, 24, similarity=similarity, objective=objective, bias=0.0)
+    values = testing.evaluate(replace(inputs, **{which: torch.tensor(torch.nan)}), testing.fused_loss(backend)).values
+    assert values["loss"].isnan()
+    assert values["grad_image"].isnan().all()
+
+
+@similarities
+@objectives
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+def test_small_gradients_survive_half_precision(
+    backend: str, similarity: Any, objective: str, dtype: torch.dtype
+) -> None:
+    """The mean's 1/N and an incoming gradient go in before the only rounding: 2¹⁶ × and 2⁻¹⁶ × cancel."""
+    inputs = make_inputs(100, 100, 32, similarity=similarity, objective=objective, dtype=dtype, scale=1.0)
+    loss = testing.fused_loss(backend)
+    leaf = inputs.image.clone().requires_grad_()
+    x: Inputs = replace(inputs, image=leaf)
+    small = loss(x, "mean")
+    assert isinstance(small, torch.Tensor)
+    (scaled,) = torch.autograd.grad(small * 2.0**10, leaf)
+    true = testing.truth(replace(inputs, wanted=("image",)), "mean").values["grad_image"] / 0.7 * 2.0**10
+    testing.assert_accurate(scaled, torch.zeros_like(true), true, 1e-5 * true.abs().amax(1, keepdim=True))
+
+
+def test_gradients_accumulate_over_two_uses(backend: str) -> None:
+    """One graph, two backward passes: the second is as right as the first."""
+    for similarity in SIMILARITIES:
+        for objective in OBJECTIVES:
+            inputs = make_inputs(50, 50, 24, similarity=similarity, objective=objective, bias=0.0)  # type: ignore[arg-type]
+            leaves = {name: value.clone().requires_grad_() for name, value in inputs.leaves.items()}
+            loss: Any = testing.fused_loss(backend)(replace(inputs, **leaves), "mean")  # type: ignore[arg-type]
+            first = torch.autograd.grad(loss, list(leaves.values()), torch.tensor(2.0), retain_graph=True)
+            second = torch.autograd.grad(loss, list(leaves.values()), torch.tensor(2.0))
+            for a, b in zip(first, second, strict=True):
+                assert torch.equal(a, b)
