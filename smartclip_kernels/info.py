@@ -124,7 +124,8 @@ def memory(images: int, texts: int, width: int, dtype: torch.dtype, device: torc
     """What forward and backward of one loss take beyond its inputs and their gradients, at most, in bytes.
 
     Statistics of 64 bytes for every row and column; the workspace; for half inputs a float32 accumulator (M, D) for
-    each gradient of the column side: one for the plain losses, two (text and mask) for the masked ones.
+    each gradient of the column side: one for the plain losses, two (text and mask) for the masked ones. (A locked text
+    under a learned mask takes one for other inputs too.)
     """
     statistics = STATISTICS_BYTES * (images + texts)
     workspace = backends.workspace_bytes(device)
