@@ -3,10 +3,11 @@
 
 #include <cstdint>
 
+// Formulas must be inlined: a call would send every register of the loop around it to memory.
 #ifdef __CUDACC__
-#define SK_HOST_DEVICE __host__ __device__
+#define SK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define SK_HOST_DEVICE
+#define SK_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 // The same headers are compiled once for every instruction set. Each has a namespace of its own, or the linker would

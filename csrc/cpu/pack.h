@@ -7,6 +7,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "../problem.h"
+
 namespace smartclip::SK_ISA {
 
 template <class T>
@@ -109,21 +111,21 @@ struct Ids {
 };
 
 template <class T>
-bool any(Mask<T> mask) {
+SK_HOST_DEVICE bool any(Mask<T> mask) {
   typename Lane<T>::Int bits = 0;
   for (int lane = 0; lane < Pack<T>::kLanes; ++lane) bits |= mask.v[lane];
   return bits != 0;
 }
 
 template <class T>
-Pack<T> select(Mask<T> mask, Pack<T> yes, Pack<T> no) {
+SK_HOST_DEVICE Pack<T> select(Mask<T> mask, Pack<T> yes, Pack<T> no) {
   return mask.v ? yes.v : no.v;
 }
 inline float select(bool condition, float yes, float no) { return condition ? yes : no; }
 inline double select(bool condition, double yes, double no) { return condition ? yes : no; }
 
 template <class V>
-V lowest() {
+SK_HOST_DEVICE V lowest() {
   return V(std::numeric_limits<typename Scalar<V>::type>::lowest());
 }
 
@@ -133,12 +135,13 @@ using std::log;
 using std::sqrt;
 
 template <class T>
-Pack<T> abs(Pack<T> x) {
-  return select(x < Pack<T>(T(0)), -x, x);
+SK_HOST_DEVICE Pack<T> abs(Pack<T> x) {
+  using Int = typename Mask<T>::Vector;
+  return (typename Pack<T>::Vector)((Int)x.v & std::numeric_limits<typename Lane<T>::Int>::max());
 }
 
 template <class T>
-Pack<T> sqrt(Pack<T> x) {
+SK_HOST_DEVICE Pack<T> sqrt(Pack<T> x) {
   for (int lane = 0; lane < Pack<T>::kLanes; ++lane) x.v[lane] = std::sqrt(x.v[lane]);
   return x;
 }
@@ -162,7 +165,7 @@ struct ExpConstants<double> {
 
 // e^x = 2^n e^r, |r| <= ln(2)/2, e^r by its Taylor series. 0 below the normal numbers, infinite from kMax, NaN for NaN.
 template <class T>
-Pack<T> exp(Pack<T> x) {
+SK_HOST_DEVICE Pack<T> exp(Pack<T> x) {
   using V = Pack<T>;
   using C = ExpConstants<T>;
   using Int = typename Mask<T>::Vector;
@@ -183,7 +186,7 @@ Pack<T> exp(Pack<T> x) {
 
 // log(1 + y) for 0 <= y <= 1, exact in relative terms for small y: 2 atanh(z), z = y / (2 + y) <= 1/3, by its series.
 template <class T>
-Pack<T> log1p_unit(Pack<T> y) {
+SK_HOST_DEVICE Pack<T> log1p_unit(Pack<T> y) {
   using V = Pack<T>;
   constexpr int kTerms = sizeof(T) == 4 ? 8 : 17;
   const V z = y / (V(T(2)) + y);
@@ -195,7 +198,7 @@ Pack<T> log1p_unit(Pack<T> y) {
 
 // Lane i becomes lane i + by (modulo the number of lanes).
 template <class T>
-Pack<T> rotate(Pack<T> x, int by) {
+SK_HOST_DEVICE Pack<T> rotate(Pack<T> x, int by) {
   typename Mask<T>::Vector index{};
   for (int lane = 0; lane < Pack<T>::kLanes; ++lane) index[lane] = (lane + by) % Pack<T>::kLanes;
   return __builtin_shuffle(x.v, index);
