@@ -1,4 +1,4 @@
-"""What setup.py and CMakeLists.txt make: the module and what it links, the sdist, installs with and without compiler."""
+"""What setup.py and CMakeLists.txt make: what the module links, the sdist, installs with and without a compiler."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_bad_settings_stop_the_build(checkout: Path, environment: dict[str, str]
 def test_a_compiler_that_fails_fails_the_install(checkout: Path, tmp_path: Path) -> None:
     done = python("-c", HOOK, "build_wheel", str(tmp_path), cwd=checkout, CXX=shutil.which("false") or "")
     assert done.returncode != 0
-    assert "CMAKE_CXX_COMPILER" in done.stdout + done.stderr
+    assert re.search("CXX compiler: .*false - broken", done.stdout)
     assert not list(tmp_path.iterdir())
 
 
