@@ -104,7 +104,7 @@ class Emoji(Source):
 
 
 def role(name: str) -> str:
-    """What a person does or looks like: "woman singer: dark skin tone" -> singer, "man: dark skin tone, bald" -> bald."""
+    """What a person does or looks like: "woman cook: dark skin tone" -> cook, "man: dark skin tone, bald" -> bald."""
     title, _, rest = name.partition(": ")
     words = [w for w in title.split() if w not in ("man", "woman", "person")]
     words += [part for part in rest.split(", ") if part and not part.endswith("skin tone")]

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from smartclip_kernels.train import checkpoint
+
+
+def model(value: float) -> nn.Linear:
+    layer = nn.Linear(3, 2)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+class KilledError(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "c", 7, model(7.0), {"optimizer": {"x": torch.arange(3)}, "note": "n"})
+    found = checkpoint.newest(tmp_path / "c")
+    assert found is not None
+    assert (found.step, found.path, found.state["note"]) == (7, path, "n")
+    assert torch.equal(found.weights["weight"], torch.full((2, 3), 7.0))
+    assert torch.equal(found.state["optimizer"]["x"], torch.arange(3))
+
+
+def test_none_yet(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 30):
+        checkpoint.save(tmp_path, step, model(step), {})
+    assert checkpoint.steps(tmp_path) == [10, 30]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
+
+
+@pytest.mark.parametrize("moment", range(15))
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that touches the disk is a moment: the process ends there, before the call or half way through it."""
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, model(step), {"step": step})
+    calls = iter(range(100))
+
+    def deadly(real: Any, halfway: bool = False) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == moment:
+                raise KilledError
+            result = real(*args, **kwargs)
+            if halfway and next(calls) == moment:
+                raise KilledError
+            return result
+
+        return call
+
+    def half_a_removal(path: Path) -> None:
+        for file in sorted(path.iterdir()):
+            file.unlink()
+            if next(calls) == moment:
+                raise KilledError
+        path.rmdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file, halfway=True))
+        patch.setattr(checkpoint.torch, "save", deadly(torch.save, halfway=True))
+        patch.setattr(checkpoint, "flush", deadly(checkpoint.flush))
+        patch.setattr(checkpoint.Path, "rename", deadly(Path.rename, halfway=True))
+        patch.setattr(checkpoint.shutil, "rmtree", half_a_removal)
+        try:
+            checkpoint.save(tmp_path, 3, model(3.0), {"step": 3})
+            killed = False
+        except KilledError:
+            killed = True
+    assert killed == (moment < 14), "the moments of this test no longer cover a save"
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step in (2, 3)
+    assert found.state["step"] == found.step
+    assert torch.equal(found.weights["weight"], torch.full((2, 3), float(found.step)))
+    checkpoint.save(tmp_path, 4, model(4.0), {})  # and the next save finds its way
+    last = checkpoint.newest(tmp_path)
+    assert last is not None
+    assert last.step == 4
+    assert not list(tmp_path.glob("being-*"))
+
+
+def test_files_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    flush, rename = checkpoint.flush, Path.rename
+    monkeypatch.setattr(checkpoint, "flush", lambda path: (events.append(f"flush {path.name}"), flush(path)))
+    monkeypatch.setattr(
+        checkpoint.Path, "rename", lambda self, to: (events.append(f"rename to {Path(to).name}"), rename(self, to))
+    )
+    checkpoint.save(tmp_path / "c", 5, model(5.0), {})
+    assert sorted(events[:2]) == ["flush model.safetensors", "flush state.pt"]
+    assert events[2:] == ["flush being-written", "rename to step-00000005", "flush c"]
