@@ -126,13 +126,14 @@ class Launch {
     run([&] { kernels_->gradient(problem_, tile, statistics, threads_); });
   }
 
-  void similarity(const Box& box, const Addresses& accumulators, int64_t stride, uintptr_t out, int64_t out_stride) const {
+  void similarity(const Box& box, const Addresses& accumulators, int64_t stride, uintptr_t out,
+                  int64_t out_stride) const {
     const Tile<T> tile = tile_of(box, accumulators, stride, {out}, out_stride);
     run([&] { kernels_->similarity(problem_, tile, threads_); });
   }
 
-  void derivative(const Box& box, const Addresses& accumulators, int64_t stride, uintptr_t grad_sim, const Addresses& out,
-                  int64_t out_stride) const {
+  void derivative(const Box& box, const Addresses& accumulators, int64_t stride, uintptr_t grad_sim,
+                  const Addresses& out, int64_t out_stride) const {
     const Tile<T> tile = tile_of(box, accumulators, stride, out, out_stride);
     const T* const given = required<const T>(grad_sim, "grad_sim");
     run([&] { kernels_->derivative(problem_, tile, given, threads_); });
@@ -181,7 +182,8 @@ class Launch {
     if (accumulators.size() != static_cast<size_t>(kernels_->accumulators)) refuse("wrong number of accumulators");
     if (stride < tile.columns || (!out.empty() && out_stride < tile.columns)) refuse("a stride is less than a row");
     if (out.size() > 2) refuse("too many outputs");
-    for (size_t k = 0; k < accumulators.size(); ++k) tile.accumulator[k] = required<const T>(accumulators[k], "accumulator");
+    for (size_t k = 0; k < accumulators.size(); ++k)
+      tile.accumulator[k] = required<const T>(accumulators[k], "accumulator");
     for (size_t k = 0; k < out.size(); ++k) tile.out[k] = required<T>(out[k], "out");
     tile.accumulator_stride = stride;
     tile.out_stride = out_stride;
@@ -214,8 +216,8 @@ void define_launch(py::module_& module, const char* name) {
   using L = Launch<T>;
   using py::arg;
   py::class_<L>(module, name)
-      .def(py::init<const std::string&, const std::string&, const py::dict&, const py::dict&, uintptr_t, uintptr_t, double,
-                    uintptr_t, int>(),
+      .def(py::init<const std::string&, const std::string&, const py::dict&, const py::dict&, uintptr_t, uintptr_t,
+                    double, uintptr_t, int>(),
            py::kw_only(), arg("similarity"), arg("objective"), arg("row"), arg("column"), arg("scale"), arg("bias") = 0,
            arg("label_smoothing") = 0.0, arg("parameter_gradient") = 0, arg("threads"))
       .def("statistics", &L::statistics, arg("box"), arg("accumulators"), arg("stride"))
@@ -226,8 +228,8 @@ void define_launch(py::module_& module, const char* name) {
       .def("similarity", &L::similarity, arg("box"), arg("accumulators"), arg("stride"), arg("out"), arg("out_stride"))
       .def("derivative", &L::derivative, arg("box"), arg("accumulators"), arg("stride"), arg("grad_sim"), arg("out"),
            arg("out_stride"))
-      .def("topk", &L::topk, arg("box"), arg("accumulators"), arg("stride"), arg("swapped"), arg("values"), arg("indices"),
-           arg("k"))
+      .def("topk", &L::topk, arg("box"), arg("accumulators"), arg("stride"), arg("swapped"), arg("values"),
+           arg("indices"), arg("k"))
       .def("best_positive", &L::best_positive, arg("box"), arg("accumulators"), arg("stride"), arg("swapped"),
            arg("values"), arg("indices"))
       .def("rank", &L::rank, arg("box"), arg("accumulators"), arg("stride"), arg("swapped"), arg("values"),
@@ -243,7 +245,9 @@ PYBIND11_MODULE(_C, module) {
   using namespace smartclip;
   define_launch<float>(module, "LaunchFloat32");
   define_launch<double>(module, "LaunchFloat64");
-  module.def("isa", [] { return chosen_isa().name; }, "The instruction set that the kernels use: SMARTCLIP_CPU_ISA or the best here.");
+  module.def(
+      "isa", [] { return chosen_isa().name; },
+      "The instruction set that the kernels use: SMARTCLIP_CPU_ISA or the best here.");
   module.def("isas", &isas_here, "The instruction sets that were built and that this machine has, the best first.");
   module.def("parallel_runtime", &parallel_runtime, "Path of the OpenMP runtime in use; empty where there is none.");
   std::vector<std::string> built;

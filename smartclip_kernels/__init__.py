@@ -9,10 +9,17 @@ from smartclip_kernels.functional import (
     siglip_loss,
     smartclip_loss,
 )
+from smartclip_kernels.grad_cache import GradCache
+from smartclip_kernels.modules import ClipLoss, MaskHead, SigLipLoss, SmartClipLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipLoss",
+    "GradCache",
+    "MaskHead",
+    "SigLipLoss",
+    "SmartClipLoss",
     "available_backends",
     "clip_loss",
     "masked_similarity",

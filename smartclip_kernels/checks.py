@@ -1,4 +1,4 @@
-"""Argument checks: every error names the argument, what it got and what it needs. None of them reads a tensor's data."""
+"""Argument checks: every error names the argument, what it got and what it needs. None reads a tensor's data."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def id_arguments(image_ids: Any, text_ids: Any, ignore_ids: Any) -> tuple[Tensor
     if ignore_ids is None:
         return None, None
     if not isinstance(ignore_ids, (tuple, list)) or len(ignore_ids) != 2:
-        raise TypeError(f"ignore_ids: got {type(ignore_ids).__name__}, needs a pair of tensors (image's ids, text's ids)")
+        raise TypeError(
+            f"ignore_ids: got {type(ignore_ids).__name__}, needs a pair of tensors (image's ids, text's ids)"
+        )
     for i, x in enumerate(ignore_ids):
         tensor(f"ignore_ids[{i}]", x)
     return ignore_ids[0], ignore_ids[1]

@@ -49,7 +49,9 @@ class Launch(Protocol):
     def derivative(
         self, rows: slice, columns: slice, accumulators: list[Tensor], grad_sim: Tensor, out: list[Tensor]
     ) -> None: ...
-    def topk(self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor) -> None: ...
+    def topk(
+        self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor
+    ) -> None: ...
     def best_positive(
         self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor
     ) -> None: ...
@@ -73,12 +75,16 @@ class MakeLaunch(Protocol):
 class Tiles:
     """A walk over the scores in tiles that fit a workspace, with their buffers."""
 
-    def __init__(self, problem: Problem, operands: Operands, workspace: int, extra: int = 0, swapped: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, operands: Operands, workspace: int, extra: int = 0, swapped: bool = False
+    ) -> None:
         self.operands, self.swapped = operands, swapped
         self.sizes = (problem.m, problem.n) if swapped else (problem.n, problem.m)
         self.shape = tile_shape(problem, workspace, extra, self.sizes)
         numbers = self.shape[0] * self.shape[1]
-        self.buffers = torch.empty(operands.accumulators + extra, numbers, dtype=problem.dtype, device=problem.image.device)
+        self.buffers = torch.empty(
+            operands.accumulators + extra, numbers, dtype=problem.dtype, device=problem.image.device
+        )
 
     def row_panels(self) -> Iterator[tuple[slice, Tensors]]:
         make = self.operands.columns if self.swapped else self.operands.rows
@@ -144,9 +150,12 @@ class TiledBackend:
     def loss(self, problem: Problem) -> Tensors:
         operands, row, column = _sides(problem)
         empty = problem.scale.new_empty
+        losses, statistics = [], []
         for side, count in ((row, problem.n), (column, problem.m if problem.traits.both_sides else 0)):
             side.statistics = empty(problem.traits.statistics, count, dtype=problem.dtype)
             side.loss = empty(count, dtype=problem.dtype)
+            losses.append(side.loss)
+            statistics.append(side.statistics)
         products = empty(self.kept_shape(problem), dtype=problem.dtype)
         kept = products if products.numel() else None
         launch = self.make_launch(problem, operands.name, row, column, None, False)
@@ -154,7 +163,7 @@ class TiledBackend:
         for rows, columns, accumulators in tiles.scores(kept):
             launch.statistics(rows, columns, accumulators)
         launch.loss()
-        return row.loss, column.loss, row.statistics, column.statistics, products
+        return *losses, *statistics, products
 
     def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
         operands, row, column = _sides(problem)
@@ -202,7 +211,9 @@ class TiledBackend:
         if needs.scale:
             grads[3].copy_(sums[0].reshape(grads[3].shape))
         if needs.bias:
-            grads[4].copy_(torch.zeros_like(grads[4]) if problem.traits.shift_invariant else sums[1].reshape(grads[4].shape))
+            grads[4].copy_(sums[1].reshape(grads[4].shape))
+            if problem.traits.shift_invariant:
+                grads[4].zero_()
         return launch, tuple(grads)
 
     def masked_similarity(self, problem: Problem) -> Tensor:

@@ -225,8 +225,8 @@ def retrieval_ranks(
         per: "text": anchors are texts, candidates images; "image": the other way round.
 
     Returns:
-        (M,) or (N,) int64. 1 is first; ties go to the lower index. An anchor without a positive gets one more than there
-        are candidates; one whose positives score NaN is behind all others.
+        (M,) or (N,) int64. 1 is first; ties go to the lower index. An anchor without a positive gets one more than
+        there are candidates; one whose positives score NaN is behind all others.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `clip_loss`.
@@ -283,9 +283,7 @@ def _loss(
             loss = torch.ops.smartclip.loss_one_sweep(*arguments, needs)[0]
             return loss / image.shape[0] if reduction == "mean" else loss
     rows, columns, row_statistics, column_statistics, _ = torch.ops.smartclip.loss(*arguments)
-    return reduce(
-        rows, columns, row_statistics[0], column_statistics[0], objective=objective, reduction=reduction
-    )
+    return reduce(rows, columns, row_statistics[0], column_statistics[0], objective=objective, reduction=reduction)
 
 
 def _backend(name: str | None) -> str:

@@ -1,8 +1,9 @@
 """What the matrix products multiply, panel by panel, and what becomes of their gradients.
 
-A similarity has `accumulators` pairs of operands: accumulator k of a tile is rows[k] @ columns[k]ᵀ. From the tile's
-gradients d[k] the engine sums d[k] @ columns[k] into a panel's rows and d[k]ᵀ @ rows[k] into the columns; `store_rows` and
-`store_columns` make the inputs' gradients of these sums. Panels are prepared one at a time, in the precision of the scores.
+A similarity has `accumulators` pairs of operands: accumulator k of a tile is rows[k] @ columns[k]ᵀ. From the
+tile's gradients d[k] the engine sums d[k] @ columns[k] into a panel's rows and d[k]ᵀ @ rows[k] into the columns;
+`store_rows` and `store_columns` make the inputs' gradients of these sums. Panels are prepared one at a time, in the
+precision of the scores.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Dot:
         if sums:
             _settle(grads[0][panel], sums[0])
 
-    def store_columns(self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None) -> None:
+    def store_columns(
+        self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None
+    ) -> None:
         if sums:
             _settle(grads[1], sums[0])
 
@@ -58,8 +61,8 @@ class Dot:
 class MaskedCosine:
     """sim = cos(image ⊙ mask, text): P = image · (mask ⊙ text)ᵀ and Q = image² · (mask²)ᵀ.
 
-    A row of image is divided by a power of two (its `row_factor`), which is exact and cancels in P/√Q, so that its squares
-    neither overflow nor vanish. `column_factor` is 1/‖text‖, 0 where the norm is too small.
+    A row of image is divided by a power of two (its `row_factor`), which is exact and cancels in P/√Q, so that its
+    squares neither overflow nor vanish. `column_factor` is 1/‖text‖, 0 where the norm is too small.
     """
 
     name = "masked_cosine"
@@ -106,12 +109,13 @@ class MaskedCosine:
             total.addcmul_(rows[0], square, value=2).mul_(1 / self.row_factor[panel, None])
             _settle(grads[0][panel], total)
 
-    def store_columns(self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None) -> None:
+    def store_columns(
+        self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None
+    ) -> None:
         """With A = dPᵀ·image, B = dQᵀ·image²: grad_text = A ⊙ mask − text/‖text‖² Σ_i dL/dsim_ij sim_ij,
         grad_mask = A ⊙ text + 2 mask ⊙ B."""
         if not sums:
             return
-        assert score_gradient is not None
         for start in range(0, len(self.text), _PANEL_ROWS):
             panel = slice(start, start + _PANEL_ROWS)
             text, mask = self.text[panel].to(self.dtype), self.mask[panel].to(self.dtype)
@@ -121,6 +125,7 @@ class MaskedCosine:
                 square.mul_(mask).mul_(2).addcmul_(product, text)
                 _settle(grads[2][panel], square)
             if needs.text:
+                assert score_gradient is not None  # the engine makes it where the text needs a gradient
                 norm = score_gradient[panel] * self.column_factor[panel].square()
                 product.mul_(mask).addcmul_(text, norm[:, None], value=-1)
                 _settle(grads[1][panel], product)
@@ -149,7 +154,7 @@ def _settle(grad: Tensor, total: Tensor) -> None:
 
 
 def _powers_of_two(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N,): 2^e with max|image_i| in [2^e, 2^(e+1)), kept where its inverse is a normal number; 1 for a row of zeros."""
+    """(N,): 2^e with max|image_i| in [2^e, 2^(e+1)), within the normal numbers; 1 for a row of zeros."""
     largest = torch.linalg.vector_norm(image, ord=torch.inf, dim=1).to(dtype)
     _, exponent = torch.frexp(largest)
     limit = 126 if dtype == torch.float32 else 1022

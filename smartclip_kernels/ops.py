@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from smartclip_kernels import backends, checks
-from smartclip_kernels.problem import Needs, Problem
+from smartclip_kernels.problem import Needs, Problem, empty_gradients
 from smartclip_kernels.reference import OBJECTIVES, compute_dtype
 
 _library = torch.library.Library("smartclip", "DEF")
@@ -71,7 +70,7 @@ def _problem(*loss_arguments: Any) -> Problem:
     """A checked problem, and the workspace that its backend gets."""
     *arguments, _, workspace = loss_arguments
     checks.problem(*arguments)
-    return Problem(*arguments, workspace=workspace or backends.workspace_bytes(arguments[0].device))
+    return Problem(*arguments)._replace(workspace=workspace or backends.workspace_bytes(arguments[0].device))
 
 
 def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Problem:
@@ -125,15 +124,11 @@ def _masked_similarity_backward(
     grad_sim: Tensor, image: Tensor, text: Tensor, mask: Tensor, backend: str, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     problem = _similarity_problem(image, text, mask)
-    return backends.resolve(backend, image.device).masked_similarity_backward(
-        problem, grad_sim, Needs(*needs, scale=False, bias=False)
-    )
+    return backends.resolve(backend, image.device).masked_similarity_backward(problem, grad_sim, _feature_needs(needs))
 
 
 @_implement("masked_topk")
-def _masked_topk(
-    image: Tensor, text: Tensor, mask: Tensor, k: int, per: str, backend: str
-) -> tuple[Tensor, Tensor]:
+def _masked_topk(image: Tensor, text: Tensor, mask: Tensor, k: int, per: str, backend: str) -> tuple[Tensor, Tensor]:
     problem = _similarity_problem(image, text, mask)
     _check_topk(k, per)
     return backends.resolve(backend, image.device).masked_topk(problem, k, per == "text")
@@ -151,6 +146,10 @@ def _retrieval_ranks(
 ) -> Tensor:
     problem = _ranks_problem(image, text, mask, image_ids, text_ids, per)
     return backends.resolve(backend, image.device).retrieval_ranks(problem, per == "text")
+
+
+def _feature_needs(needs: list[bool]) -> Needs:
+    return Needs(needs[0], needs[1], needs[2], False, False)
 
 
 def _check_topk(k: int, per: str) -> None:
@@ -182,15 +181,6 @@ def _no_statistics(objective: str) -> None:
 # --- fake: the shapes and dtypes of the results ------------------------------------------------------------------
 
 
-def _empty_grads(problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
-    inputs = (problem.image, problem.text, problem.mask, problem.scale, problem.bias)
-    return tuple(
-        torch.empty(x.shape if need and x is not None else (0,), dtype=(problem.image if x is None else x).dtype,
-                    device=problem.image.device)
-        for x, need in zip(inputs, needs, strict=True)
-    )
-
-
 @_fake("loss")
 def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments)
@@ -210,14 +200,14 @@ def _loss_backward_fake(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    return _empty_grads(_problem(*arguments[:-1]), Needs(*arguments[-1]))
+    return tuple(empty_gradients(_problem(*arguments[:-1]), Needs(*arguments[-1])))
 
 
 @_fake("loss_one_sweep")
 def _loss_one_sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments[:-1])
     _no_statistics(problem.objective)
-    return problem.scale.new_empty(()), *_empty_grads(problem, Needs(*arguments[-1]))
+    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*arguments[-1]))
 
 
 @_fake("masked_similarity")
@@ -230,7 +220,7 @@ def _masked_similarity_fake(image: Tensor, text: Tensor, mask: Tensor, backend: 
 def _masked_similarity_backward_fake(
     grad_sim: Tensor, image: Tensor, text: Tensor, mask: Tensor, backend: str, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    return _empty_grads(_similarity_problem(image, text, mask), Needs(*needs, scale=False, bias=False))[:3]
+    return tuple(empty_gradients(_similarity_problem(image, text, mask), _feature_needs(needs))[:3])
 
 
 @_fake("masked_topk")
@@ -262,11 +252,32 @@ def _retrieval_ranks_fake(
 
 
 def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
-    return op.default.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.default.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
 def _or_none(grads: tuple[Tensor, ...], needs: list[bool]) -> tuple[Tensor | None, ...]:
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Gradients that depend on `inputs` in a way that nobody can differentiate: trying raises."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *grads_and_inputs: Any) -> Any:
+        return grads_and_inputs[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("smartclip_kernels: second derivatives are not implemented")
+
+
+def _first_order(grads: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if not any(needed_gradients(*tensors)):
+        return grads
+    marked: tuple[Tensor, ...] = _FirstOrder.apply(len(grads), *grads, *tensors)
+    return marked
 
 
 class _Loss(torch.autograd.Function):
@@ -279,7 +290,6 @@ class _Loss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
         grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs)
@@ -289,23 +299,25 @@ class _Loss(torch.autograd.Function):
 class _LossOneSweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        outputs = _below_autograd(_ops.loss_one_sweep, keyset, *arguments)
-        ctx.grads = outputs[1:]
+        # Where autograd records, the gradients stay inside, so that backward may scale them in place.
+        loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments)
         ctx.save_for_backward(*arguments[:9])
         ctx.constants = arguments[9:]
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+        inside = tuple(grad.new_empty(0) for grad in ctx.grads)
+        ctx.mark_non_differentiable(*inside)
+        return loss, *inside
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        # Scaled in place: a second set of gradients would double their memory. So they serve one backward pass only;
-        # another one over a retained graph makes them anew.
+        # In place: a second set of gradients would double their memory. So they serve one backward pass only; another
+        # one over a retained graph makes them anew.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
         needs = ctx.constants[-1]
-        scaled = tuple(grad.mul_(grad_loss) if need else grad for grad, need in zip(grads, needs, strict=True))
+        with torch.no_grad():
+            scaled = tuple(grad.mul_(grad_loss) if need else grad for grad, need in zip(grads, needs, strict=True))
+        scaled = _first_order(scaled, (grad_loss, *ctx.saved_tensors))
         return (None, *_or_none(scaled, needs), *([None] * 9))
 
 
@@ -317,24 +329,10 @@ class _MaskedSimilarity(torch.autograd.Function):
         return _below_autograd(_ops.masked_similarity, keyset, image, text, mask, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_sim: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[1:4])
         grads = _ops.masked_similarity_backward(grad_sim, *ctx.saved_tensors, ctx.backend, needs)
         return (None, *_or_none(grads, needs), None)
-
-
-class _Once(torch.autograd.Function):
-    """Runs an op that computes gradients; differentiating through it raises."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, keyset: Any, *arguments: Any) -> Any:
-        return _below_autograd(op, keyset, *arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, *_: Any) -> Any:
-        raise RuntimeError("smartclip_kernels: second derivatives are not implemented")
 
 
 def _resolved(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
@@ -362,6 +360,19 @@ def _with_autograd(name: str, function: Any, backend_at: int) -> None:
 _with_autograd("loss", _Loss, 11)
 _with_autograd("loss_one_sweep", _LossOneSweep, 11)
 _with_autograd("masked_similarity", _MaskedSimilarity, 3)
+
+
+def _with_first_order(name: str) -> None:
+    op = getattr(_ops, name)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        return _first_order(_below_autograd(op, keyset, *arguments), arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_with_first_order("loss_backward")
+_with_first_order("masked_similarity_backward")
 
 
 # --- autocast: image, text and a floating mask go to the autocast dtype, as `mm` would send them -------------------

@@ -23,7 +23,7 @@ MIN_TEXT_NORM = 1e-12
 
 @dataclass(frozen=True)
 class Objective:
-    """What the order of work has to know of an objective; the formulas are `anchor_losses` here and objective.h there."""
+    """What the order of work has to know of an objective. Its formulas stand in this file, and in objective.h."""
 
     name: str
     needs_statistics: bool  # a sweep over all scores comes before the first gradient
@@ -34,8 +34,12 @@ class Objective:
 
 
 OBJECTIVES = {
-    "softmax": Objective("softmax", needs_statistics=True, both_sides=True, shift_invariant=True, statistics=6, anchor=4),
-    "sigmoid": Objective("sigmoid", needs_statistics=False, both_sides=False, shift_invariant=False, statistics=1, anchor=1),
+    "softmax": Objective(
+        "softmax", needs_statistics=True, both_sides=True, shift_invariant=True, statistics=6, anchor=4
+    ),
+    "sigmoid": Objective(
+        "sigmoid", needs_statistics=False, both_sides=False, shift_invariant=False, statistics=1, anchor=1
+    ),
 }
 
 
@@ -111,7 +115,7 @@ def anchor_losses(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of the rows (N,) and columns (M,), and how many positives each has. A sigmoid's columns have none: (0,)."""
+    """Losses of rows (N,) and columns (M,), and how many positives each has. A sigmoid's columns have no loss: (0,)."""
     logits = similarity(image, text, mask) * scale
     if bias is not None:
         logits = logits + bias
@@ -130,7 +134,9 @@ def reduce(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of a batch from its anchors' losses: "mean", "sum" or "none"."""
     if not OBJECTIVES[objective].both_sides:
-        return {"none": lambda: rows, "sum": rows.sum, "mean": lambda: rows.sum() / len(rows)}[reduction]()
+        if reduction == "none":
+            return rows
+        return rows.sum() if reduction == "sum" else rows.sum() / len(rows)
     if reduction == "none":
         return rows, columns
     if reduction == "sum":
@@ -168,6 +174,55 @@ def loss(
         label_smoothing=label_smoothing,
     )
     return reduce(*terms, objective=objective, reduction=reduction)
+
+
+def pair_gradients(
+    logits: Tensor,
+    positive: Tensor,
+    candidate: Tensor,
+    weights: tuple[Tensor, Tensor],
+    *,
+    objective: str,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """G_ij = ∂L/∂s_ij (N, M), for L = Σ_i u_i row_i + Σ_j v_j column_j and `weights` (u, v)."""
+    if objective == "sigmoid":
+        z = torch.where(positive, 1.0, -1.0).to(logits.dtype)
+        return torch.where(candidate, -z * torch.sigmoid(-z * logits), 0) * weights[0][:, None]
+    gradient = torch.zeros_like(logits)
+    for axis, weight in ((1, weights[0][:, None]), (0, weights[1][None, :])):
+        anchor = positive.any(axis, keepdim=True)
+        probability = torch.where(anchor, logits.masked_fill(~candidate, -torch.inf), 0).softmax(axis)
+        target = (1 - label_smoothing) * positive / positive.sum(axis, keepdim=True).clamp(min=1)
+        target = target + label_smoothing * candidate / candidate.sum(axis, keepdim=True).clamp(min=1)
+        gradient += torch.where(anchor, weight * (probability - target), 0)
+    return gradient
+
+
+def similarity_gradients(
+    image: Tensor, text: Tensor, mask: Tensor | None, grad_sim: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """∂L/∂image, ∂L/∂text and ∂L/∂mask from ∂L/∂sim (N, M), in the inputs' dtypes."""
+    dtype = compute_dtype(image.dtype)
+    x, t, grad_sim = image.to(dtype), text.to(dtype), grad_sim.to(dtype)
+    if mask is None:
+        return (grad_sim @ t).to(image.dtype), (grad_sim.T @ x).to(text.dtype), None
+    m = mask.to(dtype)
+    square, text_square = x.square() @ m.square().T, t.square().sum(1)
+    undefined = (square <= MIN_IMAGE_NORM**2) | (text_square <= MIN_TEXT_NORM**2)
+    square, text_square = (
+        torch.where(undefined, 1, square),
+        torch.where(text_square <= MIN_TEXT_NORM**2, 1, text_square),
+    )
+    grad_sim = torch.where(undefined, 0, grad_sim)
+    sim = x @ (m * t).T / (square.sqrt() * text_square.sqrt())
+    grad_product = grad_sim / (square.sqrt() * text_square.sqrt())
+    grad_square = -grad_sim * sim / (2 * square)
+    grad_image = grad_product @ (m * t) + 2 * x * (grad_square @ m.square())
+    grad_masked_text, grad_mask_square = grad_product.T @ x, grad_square.T @ x.square()
+    grad_text = grad_masked_text * m - t * ((grad_sim * sim).sum(0) / text_square)[:, None]
+    grad_mask = grad_masked_text * t + 2 * m * grad_mask_square
+    return grad_image.to(image.dtype), grad_text.to(text.dtype), grad_mask.to(mask.dtype)
 
 
 def topk(sim: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,10 @@
 
 namespace smartclip {
 
-#define SK_DECLARE(isa)                                                             \
-  namespace isa {                                                                   \
-  template <class T>                                                                \
-  const Kernels<T>* find(const std::string& similarity, const std::string& objective); \
+#define SK_DECLARE(isa)                                                                        \
+  namespace isa {                                                                              \
+  template <class T>                                                                           \
+  const Kernels<T>* find(const std::string& similarity, const std::string& objective);         \
   extern template const Kernels<float>* find<float>(const std::string&, const std::string&);   \
   extern template const Kernels<double>* find<double>(const std::string&, const std::string&); \
   }

@@ -25,8 +25,8 @@ struct Best {
   int64_t k = 0;
 };
 
-// Kernels of one similarity and objective. Tiles come row panel by row panel, from the left to the right: the first tile
-// of a row or column starts its statistics, so nothing has to be cleared.
+// Kernels of one similarity and objective. Tiles come row panel by row panel, from the left to the right: the first
+// tile of a row or column starts its statistics, so nothing has to be cleared.
 template <class T>
 struct Kernels {
   // accumulators -> statistics of rows and columns

@@ -53,7 +53,8 @@ auto fold(typename Objective::template State<Pack<T>> state) {
 
 // What a strip adds to a row; `start`: it is the row's first.
 template <class T, class Objective>
-void merge_row(const Side<T>& side, int64_t index, const typename Objective::template State<Pack<T>>& lanes, bool start) {
+void merge_row(const Side<T>& side, int64_t index, const typename Objective::template State<Pack<T>>& lanes,
+               bool start) {
   using State = typename Objective::template State<T>;
   State state = fold<T, Objective>(lanes);
   if (!start) {
@@ -111,7 +112,8 @@ void statistics_of(const Problem<T>& problem, const Tile<T>& tile, int threads) 
         V numbers[Objective::kStatistics];
         T* const planes = problem.column.statistics + tile.column + c;
         if (tile.row > 0) {
-          for (int k = 0; k < Objective::kStatistics; ++k) numbers[k] = V::load(planes + k * problem.column.size, count);
+          for (int k = 0; k < Objective::kStatistics; ++k)
+            numbers[k] = V::load(planes + k * problem.column.size, count);
           sum = load_state<State>(numbers);
         }
         for (int part = 0; part < parts; ++part) sum.merge(scratch.items[packs * part + pack]);
@@ -134,7 +136,8 @@ void loss(const Problem<T>& problem) {
   for (const Side<T>* side : {&problem.row, &problem.column}) {
     if (side == &problem.column && !Objective::kBothSides) return;
     for (int64_t i = 0; i < side->size; ++i)
-      side->loss[i] = Objective::loss(load_state<typename Objective::template State<T>>(*side, i), problem.label_smoothing);
+      side->loss[i] =
+          Objective::loss(load_state<typename Objective::template State<T>>(*side, i), problem.label_smoothing);
   }
 }
 

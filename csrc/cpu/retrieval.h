@@ -63,24 +63,25 @@ void for_scores(const Problem<T>& problem, const Tile<T>& tile, int threads, Bod
 template <class T, class Similarity, bool kSwapped>
 void topk_of(const Problem<T>& problem, const Tile<T>& tile, const Best<T>& best, int threads) {
   using V = Pack<T>;
-  for_scores<T, Similarity, kSwapped>(problem, tile, threads, [&](const Row<T>&, int64_t r, V sim, int64_t c, int count) {
-    T* const value = best.value + r * best.k;
-    int64_t* const index = best.index + r * best.k;
-    int64_t filled = minimum(best.k, tile.column + c);
-    // Written so that NaN passes.
-    if (filled == best.k && !any(~(sim <= V(value[best.k - 1])) & first_lanes<T>(count))) return;
-    for (int lane = 0; lane < count; ++lane) {
-      const T candidate = sim.v[lane];
-      if (filled == best.k && !better(candidate, value[best.k - 1])) continue;
-      int64_t at = filled < best.k ? filled++ : best.k - 1;
-      for (; at > 0 && better(candidate, value[at - 1]); --at) {
-        value[at] = value[at - 1];
-        index[at] = index[at - 1];
-      }
-      value[at] = candidate;
-      index[at] = tile.column + c + lane;
-    }
-  });
+  for_scores<T, Similarity, kSwapped>(
+      problem, tile, threads, [&](const Row<T>&, int64_t r, V sim, int64_t c, int count) {
+        T* const value = best.value + r * best.k;
+        int64_t* const index = best.index + r * best.k;
+        int64_t filled = minimum(best.k, tile.column + c);
+        // Written so that NaN passes.
+        if (filled == best.k && !any(~(sim <= V(value[best.k - 1])) & first_lanes<T>(count))) return;
+        for (int lane = 0; lane < count; ++lane) {
+          const T candidate = sim.v[lane];
+          if (filled == best.k && !better(candidate, value[best.k - 1])) continue;
+          int64_t at = filled < best.k ? filled++ : best.k - 1;
+          for (; at > 0 && better(candidate, value[at - 1]); --at) {
+            value[at] = value[at - 1];
+            index[at] = index[at - 1];
+          }
+          value[at] = candidate;
+          index[at] = tile.column + c + lane;
+        }
+      });
 }
 
 template <class T, class Similarity, bool kSwapped>
@@ -103,23 +104,24 @@ void best_positive_of(const Problem<T>& problem, const Tile<T>& tile, const Best
 template <class T, class Similarity, bool kSwapped>
 void rank_of(const Problem<T>& problem, const Tile<T>& tile, const Best<T>& best, int64_t* ranks, int threads) {
   using V = Pack<T>;
-  for_scores<T, Similarity, kSwapped>(problem, tile, threads, [&](const Row<T>&, int64_t r, V sim, int64_t c, int count) {
-    const int64_t column = tile.column + c;
-    if (column == 0) ranks[r] = 1;
-    if (best.index[r] < 0) {
-      ranks[r] += count;
-      return;
-    }
-    const V positive(best.value[r]);
-    const Mask<T> inside = first_lanes<T>(count);
-    Mask<T> not_worse = ~(sim < positive) & inside;
-    const Mask<T> tie = (sim == positive) & inside;
-    if (!any(not_worse)) return;
-    for (int lane = 0; lane < count; ++lane) {
-      const bool behind = tie.v[lane] && column + lane > best.index[r];
-      ranks[r] += not_worse.v[lane] && !behind && column + lane != best.index[r];
-    }
-  });
+  for_scores<T, Similarity, kSwapped>(problem, tile, threads,
+                                      [&](const Row<T>&, int64_t r, V sim, int64_t c, int count) {
+                                        const int64_t column = tile.column + c;
+                                        if (column == 0) ranks[r] = 1;
+                                        if (best.index[r] < 0) {
+                                          ranks[r] += count;
+                                          return;
+                                        }
+                                        const V positive(best.value[r]);
+                                        const Mask<T> inside = first_lanes<T>(count);
+                                        Mask<T> not_worse = ~(sim < positive) & inside;
+                                        const Mask<T> tie = (sim == positive) & inside;
+                                        if (!any(not_worse)) return;
+                                        for (int lane = 0; lane < count; ++lane) {
+                                          const bool behind = tie.v[lane] && column + lane > best.index[r];
+                                          ranks[r] += not_worse.v[lane] && !behind && column + lane != best.index[r];
+                                        }
+                                      });
 }
 
 template <class T, class Similarity>
@@ -129,11 +131,13 @@ void topk(const Problem<T>& problem, const Tile<T>& tile, bool swapped, const Be
 
 template <class T, class Similarity>
 void best_positive(const Problem<T>& problem, const Tile<T>& tile, bool swapped, const Best<T>& best, int threads) {
-  (swapped ? best_positive_of<T, Similarity, true> : best_positive_of<T, Similarity, false>)(problem, tile, best, threads);
+  (swapped ? best_positive_of<T, Similarity, true> : best_positive_of<T, Similarity, false>)(problem, tile, best,
+                                                                                             threads);
 }
 
 template <class T, class Similarity>
-void rank(const Problem<T>& problem, const Tile<T>& tile, bool swapped, const Best<T>& best, int64_t* ranks, int threads) {
+void rank(const Problem<T>& problem, const Tile<T>& tile, bool swapped, const Best<T>& best, int64_t* ranks,
+          int threads) {
   (swapped ? rank_of<T, Similarity, true> : rank_of<T, Similarity, false>)(problem, tile, best, ranks, threads);
 }
 

@@ -67,9 +67,7 @@ class CpuLaunch:
     def derivative(
         self, rows: slice, columns: slice, accumulators: list[Tensor], grad_sim: Tensor, out: list[Tensor]
     ) -> None:
-        self._launch.derivative(
-            _box(rows, columns), *_matrices(accumulators), grad_sim.data_ptr(), *_matrices(out)
-        )
+        self._launch.derivative(_box(rows, columns), *_matrices(accumulators), grad_sim.data_ptr(), *_matrices(out))
 
     def topk(self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor) -> None:
         self._search("topk", rows, columns, accumulators, values.data_ptr(), indices.data_ptr(), values.shape[1])
