@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from smartclip_kernels.train.captions import PAD, word_tokenizer
+from smartclip_kernels.train.config import MaskConfig, ModelConfig
+from smartclip_kernels.train.model import Model, build
+
+SMALL = ModelConfig(embed_dim=16, image_width=32, image_layers=2, text_width=32, text_layers=2, context=8)
+TEXTS = ["a red disc", "a blue square in the corner"]
+
+
+def small(masks: MaskConfig | None = None, **changes: object) -> Model:
+    torch.manual_seed(0)
+    return build(dataclasses.replace(SMALL, **changes), masks, 16, 2, word_tokenizer(TEXTS))[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8, 16])
+def test_image_embeddings_are_unit_vectors(patch: int) -> None:
+    model = small(patch=patch)
+    embedding = model.image(torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8))
+    assert embedding.shape == (3, 16)
+    torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
+
+
+def test_padding_changes_nothing() -> None:
+    model = small(MaskConfig())
+    tokens = torch.tensor([[2, 4, 5, 6], [2, 3, PAD, PAD]])
+    padded = nn.functional.pad(tokens, (0, 3), value=PAD)
+    for a, b in zip(model.text(tokens), model.text(padded), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    alone, _ = model.text(torch.tensor([[2, 3]]))
+    torch.testing.assert_close(model.text(tokens)[0][1:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_only_smartclip_has_masks() -> None:
+    tokens = torch.tensor([[2, 4, 5, 6]])
+    assert small().text(tokens)[1] is None
+    mask = small(MaskConfig(hard=True)).text(tokens)[1]
+    assert mask.shape == (1, 16)
+    assert set(mask.flatten().tolist()) <= {0.0, 1.0}
+
+
+def test_masks_draw_no_random_numbers_before_the_towers() -> None:
+    """Arms of a comparison start from the same towers."""
+    plain, masked = small().state_dict(), small(MaskConfig()).state_dict()
+    assert all(torch.equal(plain[name], masked[name]) for name in plain)
+
+
+def test_pictures_differ_from_the_start() -> None:
+    """What torch's own initial biases spoil: embeddings of unlike pictures that are nearly parallel."""
+    model = small(image_width=96, embed_dim=64)
+    images = torch.randint(0, 256, (64, 3, 1, 1), dtype=torch.uint8).repeat(1, 1, 16, 16)
+    model.image.tower.standardise(images)  # type: ignore[operator]
+    embedding = model.image(images)
+    assert (embedding @ embedding.T).mean() < 0.8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "huge"}, r'model\.name: got "huge"'),
+        ({"patch": 3}, r"model\.patch: got 3"),
+        ({"patch": 32}, r"model\.patch: got 32"),
+        ({"text_width": 40}, r"model\.text_width: got 40"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_an_open_clip_model_by_name() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    config = ModelConfig(name="open_clip:ViT-S-32-alt")
+    model, tokenize = build(config, MaskConfig(), 224, 2, word_tokenizer([]))
+    tokens = tokenize(["a red disc", "b"])
+    text, mask = model.text(tokens)
+    image = model.image(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    assert text.shape == mask.shape == (2, 256)
+    assert image.shape == (1, 256)
+    torch.manual_seed(0)
+    theirs = open_clip.create_model("ViT-S-32-alt", force_custom_text=True)
+    theirs.eval()
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model.text(tokens)[0], theirs.encode_text(tokens, normalize=True))
+    with pytest.raises(ValueError, match=r"data\.image_size: got 32"):
+        build(config, None, 32, 2, word_tokenizer([]))
