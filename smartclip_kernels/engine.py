@@ -8,6 +8,7 @@ objective differs it is asked (how many accumulators? does it need statistics?),
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -78,13 +79,15 @@ class Tiles:
     def __init__(
         self, problem: Problem, operands: Operands, workspace: int, extra: int = 0, swapped: bool = False
     ) -> None:
-        self.operands, self.swapped = operands, swapped
+        self.problem, self.operands, self.swapped, self.extra = problem, operands, swapped, extra
         self.sizes = (problem.m, problem.n) if swapped else (problem.n, problem.m)
         self.shape = tile_shape(problem, workspace, extra, self.sizes)
-        numbers = self.shape[0] * self.shape[1]
-        self.buffers = torch.empty(
-            operands.accumulators + extra, numbers, dtype=problem.dtype, device=problem.image.device
-        )
+
+    @cached_property
+    def buffers(self) -> Tensor:
+        """One tile for each accumulator, and the extra ones; not made where all products are kept elsewhere."""
+        count = self.operands.accumulators + self.extra
+        return self.problem.scale.new_empty(count, self.shape[0] * self.shape[1], dtype=self.problem.dtype)
 
     def row_panels(self) -> Iterator[tuple[slice, Tensors]]:
         make = self.operands.columns if self.swapped else self.operands.rows
@@ -159,7 +162,7 @@ class TiledBackend:
         products = empty(self.kept_shape(problem), dtype=problem.dtype)
         kept = products if products.numel() else None
         launch = self.make_launch(problem, operands.name, row, column, None, False)
-        tiles = Tiles(problem, operands, 0 if kept is not None else problem.workspace)
+        tiles = Tiles(problem, operands, problem.workspace - products.nbytes)
         for rows, columns, accumulators in tiles.scores(kept):
             launch.statistics(rows, columns, accumulators)
         launch.loss()
@@ -169,15 +172,16 @@ class TiledBackend:
         operands, row, column = _sides(problem)
         row.statistics, column.statistics, products = (x.contiguous() for x in saved)
         row.weight, column.weight = (x.contiguous() for x in weights)
-        kept = products if products.numel() else None
-        return self._gradients(problem, operands, row, column, needs, kept, statistics=False)[1]
+        return self._gradients(problem, operands, row, column, needs, products, statistics=False)[1]
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = _sides(problem)
         row.statistics = problem.scale.new_empty(problem.traits.statistics, problem.n, dtype=problem.dtype)
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
         row.weight = problem.scale.new_ones(problem.n, dtype=problem.dtype)
-        launch, grads = self._gradients(problem, operands, row, column, needs, None, statistics=True)
+        launch, grads = self._gradients(
+            problem, operands, row, column, needs, problem.scale.new_empty(0), statistics=True
+        )
         launch.loss()
         return row.loss.sum(), *grads
 
@@ -188,7 +192,7 @@ class TiledBackend:
         row: Batch,
         column: Batch,
         needs: Needs,
-        kept: Tensor | None,
+        products: Tensor,
         statistics: bool,
     ) -> tuple[Launch, Tensors]:
         """G of every tile, and from it everything asked for."""
@@ -202,10 +206,11 @@ class TiledBackend:
         launch = self.make_launch(problem, operands.name, row, column, parameters, False)
         launch.anchor()
 
-        def gradient(rows: slice, columns: slice, products: list[Tensor], out: list[Tensor]) -> None:
-            launch.gradient(rows, columns, products, out, statistics)
+        def gradient(rows: slice, columns: slice, accumulators: list[Tensor], out: list[Tensor]) -> None:
+            launch.gradient(rows, columns, accumulators, out, statistics)
 
-        tiles = Tiles(problem, operands, problem.workspace - (0 if kept is None else kept.nbytes))
+        tiles = Tiles(problem, operands, problem.workspace - products.nbytes)
+        kept = products if products.numel() else None
         grads = _accumulate(problem, tiles, needs, column.score_gradient, gradient, kept)
         sums = parameters.sum(0) if needs.scale or needs.bias else parameters
         if needs.scale:
@@ -268,7 +273,7 @@ class TiledBackend:
 
 
 class TileGradient(Protocol):
-    def __call__(self, rows: slice, columns: slice, products: list[Tensor], out: list[Tensor]) -> None: ...
+    def __call__(self, rows: slice, columns: slice, accumulators: list[Tensor], out: list[Tensor], /) -> None: ...
 
 
 def _accumulate(

@@ -283,7 +283,9 @@ def _loss(
             loss = torch.ops.smartclip.loss_one_sweep(*arguments, needs)[0]
             return loss / image.shape[0] if reduction == "mean" else loss
     rows, columns, row_statistics, column_statistics, _ = torch.ops.smartclip.loss(*arguments)
-    return reduce(rows, columns, row_statistics[0], column_statistics[0], objective=objective, reduction=reduction)
+    paired = image_ids is None  # then every row and column has its positive
+    positives = (None, None) if paired else (row_statistics[0], column_statistics[0])
+    return reduce(rows, columns, *positives, objective=objective, reduction=reduction)
 
 
 def _backend(name: str | None) -> str:

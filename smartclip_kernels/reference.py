@@ -130,9 +130,15 @@ def anchor_losses(
 
 
 def reduce(
-    rows: Tensor, columns: Tensor, row_positives: Tensor, column_positives: Tensor, *, objective: str, reduction: str
+    rows: Tensor,
+    columns: Tensor,
+    row_positives: Tensor | None,
+    column_positives: Tensor | None,
+    *,
+    objective: str,
+    reduction: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The loss of a batch from its anchors' losses: "mean", "sum" or "none"."""
+    """The loss of a batch from its anchors' losses: "mean", "sum" or "none". Without positives, all are anchors."""
     if not OBJECTIVES[objective].both_sides:
         if reduction == "none":
             return rows
@@ -141,6 +147,8 @@ def reduce(
         return rows, columns
     if reduction == "sum":
         return (rows.sum() + columns.sum()) / 2
+    if row_positives is None or column_positives is None:
+        return (rows.mean() + columns.mean()) / 2
     row_anchors = (row_positives > 0).sum().clamp(min=1)
     column_anchors = (column_positives > 0).sum().clamp(min=1)
     return (rows.sum() / row_anchors + columns.sum() / column_anchors) / 2
