@@ -80,7 +80,9 @@ def run(config: CompareConfig, arm: str, seed: int) -> dict[str, float]:
     folder = config.runs / f"{objective}-{captions}-{seed}"
     done, options = folder / "evaluation.json", folder / "options.txt"
     if options.exists() and options.read_text() != config.train:
-        raise ValueError(f"runs: {folder} was made with {options.read_text()!r}, needs to be empty or of {config.train!r}")
+        raise ValueError(
+            f"runs: {folder} was made with {options.read_text()!r}, needs to be empty or of {config.train!r}"
+        )
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
         options.write_text(config.train)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from smartclip_kernels.train import checkpoint
@@ -69,11 +71,11 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
         path.rmdir()
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", deadly(checkpoint.save_file, halfway=True))
-        patch.setattr(checkpoint.torch, "save", deadly(torch.save, halfway=True))
+        patch.setattr("smartclip_kernels.train.checkpoint.save_file", deadly(save_file, halfway=True))
+        patch.setattr(torch, "save", deadly(torch.save, halfway=True))
         patch.setattr(checkpoint, "flush", deadly(checkpoint.flush))
-        patch.setattr(checkpoint.Path, "rename", deadly(Path.rename, halfway=True))
-        patch.setattr(checkpoint.shutil, "rmtree", half_a_removal)
+        patch.setattr(Path, "rename", deadly(Path.rename, halfway=True))
+        patch.setattr(shutil, "rmtree", half_a_removal)
         try:
             checkpoint.save(tmp_path, 3, model(3.0), {"step": 3})
             killed = False
@@ -95,10 +97,17 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
 def test_files_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     flush, rename = checkpoint.flush, Path.rename
-    monkeypatch.setattr(checkpoint, "flush", lambda path: (events.append(f"flush {path.name}"), flush(path)))
-    monkeypatch.setattr(
-        checkpoint.Path, "rename", lambda self, to: (events.append(f"rename to {Path(to).name}"), rename(self, to))
-    )
+
+    def logged_flush(path: Path) -> None:
+        events.append(f"flush {path.name}")
+        flush(path)
+
+    def logged_rename(path: Path, to: Path) -> Path:
+        events.append(f"rename to {to.name}")
+        return rename(path, to)
+
+    monkeypatch.setattr(checkpoint, "flush", logged_flush)
+    monkeypatch.setattr(Path, "rename", logged_rename)
     checkpoint.save(tmp_path / "c", 5, model(5.0), {})
     assert sorted(events[:2]) == ["flush model.safetensors", "flush state.pt"]
     assert events[2:] == ["flush being-written", "rename to step-00000005", "flush c"]

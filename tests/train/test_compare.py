@@ -45,13 +45,15 @@ def test_the_arms_differ_in_objective_and_captions_alone(tmp_path: Path, monkeyp
         (out / "evaluation.json").write_text(json.dumps(metrics(len(commands))))
         return Finished()
 
-    monkeypatch.setattr(compare.subprocess, "run", fake)
+    monkeypatch.setattr("smartclip_kernels.train.compare.subprocess.run", fake)
     config = CompareConfig(runs=tmp_path)
     assert [run(config, arm, 1)["keyword mAP"] for arm in ARMS] == [1, 2, 3, 4, 5]
     assert [run(config, arm, 1)["keyword mAP"] for arm in ARMS] == [1, 2, 3, 4, 5], "a run that is done was done again"
     assert len(commands) == len(ARMS) == 5
-    own = [set(c) - {str(tmp_path / name) for name in [p.name for p in tmp_path.iterdir()]} for c in commands]
-    assert set.union(*own) - set.intersection(*own) <= {"clip", "smartclip", "short", "long", "mixed", "both"}
+    folders = {str(path) for path in tmp_path.iterdir()}
+    words: list[set[str]] = [set(command) - folders for command in commands]
+    common = words[0].intersection(*words[1:])
+    assert words[0].union(*words[1:]) - common <= {"clip", "smartclip", "short", "long", "mixed", "both"}
     with pytest.raises(ValueError, match="was made with"):
         run(CompareConfig(runs=tmp_path, train="--steps 1"), "clip, both", 1)
 

@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(config: Configure) ->
             path = run.save()
     before = {name: x.clone() for name, x in run.model.state_dict().items()}
     with torch.no_grad():
-        run.model.image.projection.weight[0, 0] = torch.nan  # type: ignore[index]
+        next(run.model.image.projection.parameters())[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=rf"step 3: loss nan.*last good checkpoint: {re.escape(str(path))}"):
         run.train_step(batch)
     after = run.model.state_dict()
