@@ -32,7 +32,7 @@ class Dot:
     @staticmethod
     def panel_numbers(problem: Problem) -> int:
         """Numbers that one row of a panel takes, for the workspace."""
-        return 0 if problem.image.dtype == problem.dtype else 2 * problem.d
+        return 0 if problem.image.dtype == problem.dtype else 3 * problem.d
 
     def rows(self, panel: slice) -> Tensors:
         return (self.image[panel].to(self.dtype),)

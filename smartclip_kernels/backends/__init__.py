@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 NAMES = ("cpu", "reference")
 
 DEFAULT_WORKSPACE_MB = {"cpu": 64, "cuda": 256}
+
+_SLOW = (
+    "smartclip_kernels: no fused backend runs on device type {device!r} here, so the reference does, with N×M matrices in "
+    "memory. `python -m smartclip_kernels.info` says what is missing; backend='reference' asks for this without a warning"
+)
 
 _from_environment = os.environ.get("SMARTCLIP_BACKEND", "")
 _chosen: ContextVar[str] = ContextVar("smartclip_backend", default=_from_environment)
@@ -59,7 +65,10 @@ def resolve(name: str, device: torch.device) -> Backend:
     """
     name = name or _chosen.get()
     if not name:
-        return load(default(device.type))
+        backend = load(default(device.type))
+        if backend.name == "reference":
+            warnings.warn(_SLOW.format(device=device.type), RuntimeWarning, stacklevel=2)
+        return backend
     check_name(name)
     backend = load(name)
     if reason := backend.unavailable():
