@@ -21,8 +21,8 @@ NAMES = ("cpu", "reference")
 DEFAULT_WORKSPACE_MB = {"cpu": 64, "cuda": 256}
 
 _SLOW = (
-    "smartclip_kernels: no fused backend runs on device type {device!r} here, so the reference does, with N×M matrices in "
-    "memory. `python -m smartclip_kernels.info` says what is missing; backend='reference' asks for this without a warning"
+    "smartclip_kernels: no fused backend runs on device type {device!r} here, so the reference does, with N×M matrices "
+    "in memory. `python -m smartclip_kernels.info` says what is missing; backend='reference' asks for it in silence"
 )
 
 _from_environment = os.environ.get("SMARTCLIP_BACKEND", "")
