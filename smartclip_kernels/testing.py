@@ -35,9 +35,9 @@ class Tolerance:
     score_rounding: float  # where a backend rounds G to the inputs' dtype before the products
 
 
-# In float64 the truth is no more precise than what it judges: both err, which doubles what eager alone would have.
+# In float64 the truth is no more precise than what it judges, and sums have nothing wider to be made in.
 TOLERANCES = {
-    torch.float64: Tolerance(unit=2.0**-51, loss=1e-6 * 2.0**-28, score_rounding=0.0),
+    torch.float64: Tolerance(unit=2.0**-50, loss=1e-6 * 2.0**-28, score_rounding=0.0),
     torch.float32: Tolerance(unit=2.0**-23, loss=1e-6, score_rounding=0.0),
     torch.bfloat16: Tolerance(unit=2.0**-23, loss=1e-6, score_rounding=2.0**-7),
     torch.float16: Tolerance(unit=2.0**-23, loss=1e-6, score_rounding=2.0**-9),
@@ -206,18 +206,15 @@ def evaluate(inputs: Inputs, loss: Loss, reduction: str = "mean") -> Outputs:
     result = loss(replace(inputs, **leaves), reduction)
     losses = result if isinstance(result, tuple) else (result,)
     values = dict(zip(("loss",) if len(losses) == 1 else ("loss_row", "loss_column"), losses, strict=True))
-    incoming = [
-        torch.linspace(-0.5, 1.5, len(x), dtype=x.dtype, device=x.device) if x.ndim else torch.full_like(x, 0.7)
-        for x in losses
-    ]
-    gradients = torch.autograd.grad(losses, list(leaves.values()), incoming) if leaves else ()
+    gradients = torch.autograd.grad(losses, list(leaves.values()), _incoming(losses)) if leaves else ()
     values |= {f"grad_{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return Outputs({name: value.detach() for name, value in values.items()})
 
 
-def eager(inputs: Inputs, reduction: str = "mean") -> Outputs:
-    """The definition as a user would write it: scores in float32 (float64 for float64), outputs rounded once."""
-    return evaluate(inputs, eager_loss, reduction)
+def _incoming(losses: tuple[Tensor, ...]) -> list[Tensor]:
+    return [
+        torch.linspace(-0.5, 1.5, x.numel()).to(x).reshape(x.shape) if x.ndim else x.new_tensor(0.7) for x in losses
+    ]
 
 
 def truth(inputs: Inputs, reduction: str = "mean") -> Outputs:
@@ -231,25 +228,84 @@ def truth(inputs: Inputs, reduction: str = "mean") -> Outputs:
     score_gradient = values.pop("grad_logit_bias")
     if "logit_bias" in inputs.leaves:
         values["grad_logit_bias"] = score_gradient.sum()
+    return Outputs(values, _magnitudes(exact, pair_bias, reduction))
+
+
+def _magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, Tensor]:
+    """What the roundings of an output are relative to: logits for a loss, the terms of its sum for a gradient.
+
+    Terms, not their sum: where a pair is nearly certain, G = probability − target cancels, and what is left is as
+    precise as the two were. Eager itself would not pass otherwise: its error in such a row is one number's chance.
+    """
     sim = reference.similarity(exact.image, exact.text, exact.mask)
-    largest = (sim * exact.logit_scale + pair_bias).abs()
-    row, column = largest.amax(1, keepdim=True), largest.amax(0)[:, None]
-    anchors = row.mean() if reduction == "mean" else row.sum()
-    magnitudes = {
-        "loss": row if reduction == "none" else anchors,
+    logits = sim * exact.logit_scale + pair_bias
+    row, column = logits.abs().amax(1, keepdim=True), logits.abs().amax(0)[:, None]
+    terms = _score_gradient_terms(exact, logits, reduction)
+    image_terms, text_terms, mask_terms = _feature_gradient_terms(exact, sim, terms)
+    return {
+        "loss": row if reduction == "none" else row.mean() if reduction == "mean" else row.sum(),
         "loss_row": row,
         "loss_column": column,
-        "grad_image": (1 + row) * _row_max(values.get("grad_image")),
-        "grad_text": (1 + column) * _row_max(values.get("grad_text")),
-        "grad_mask": (1 + column) * _row_max(values.get("grad_mask")),
-        "grad_logit_scale": (1 + row.max()) * (score_gradient * sim).abs().sum(),
-        "grad_logit_bias": (1 + row.max()) * score_gradient.abs().sum(),
+        "grad_image": image_terms,
+        "grad_text": text_terms,
+        "grad_mask": mask_terms,
+        "grad_logit_scale": (terms * sim).abs().sum(),
+        "grad_logit_bias": terms.sum(),
     }
-    return Outputs(values, magnitudes)
 
 
-def _row_max(value: Tensor | None) -> Tensor:
-    return torch.zeros(()) if value is None else value.abs().amax(1, keepdim=True)
+def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str) -> Tensor:
+    """(N, M): G with every term of its formula taken absolute, times 1 + the largest logit of the term's anchor."""
+    positive = reference.positive_pairs(exact.image, exact.text, exact.image_ids, exact.text_ids)
+    candidate = reference.candidate_pairs(positive, *(exact.ignore_ids or (None, None)))
+    columns = logits.shape[1] if reference.OBJECTIVES[exact.objective].both_sides else 0
+    anchors = logits.new_zeros(len(logits)).requires_grad_(), logits.new_zeros(columns).requires_grad_()
+    counts = positive.sum(1).to(logits), positive.sum(0).to(logits)
+    reduced = reference.reduce(*anchors, *counts, objective=exact.objective, reduction=reduction)
+    losses = reduced if isinstance(reduced, tuple) else (reduced,)
+    u, v = torch.autograd.grad(losses, anchors, _incoming(losses), materialize_grads=True)
+
+    # A cosine's derivative rounds its root and its division besides.
+    roundings = 1 if exact.mask is None else 2
+
+    def weighted(terms: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+        return terms * (weight.abs() * (roundings + logits.abs().amax(1)))[:, None]
+
+    def softmax(logits: Tensor, positive: Tensor, candidate: Tensor, weight: Tensor) -> Tensor:
+        probability = logits.masked_fill(~candidate, -torch.inf).softmax(1)
+        smooth = candidate / candidate.sum(1, keepdim=True).clamp(min=1) * exact.label_smoothing
+        target = positive / positive.sum(1, keepdim=True).clamp(min=1) * (1 - exact.label_smoothing) + smooth
+        defined = candidate & positive.any(1, keepdim=True)
+        return weighted(torch.where(defined, probability + target, 0), logits, weight)
+
+    if not columns:
+        return weighted(torch.where(candidate, torch.where(positive, -logits, logits).sigmoid(), 0), logits, u)
+    return softmax(logits, positive, candidate, u) + softmax(logits.T, positive.T, candidate.T, v).T
+
+
+def _feature_gradient_terms(exact: Inputs, sim: Tensor, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, 1), (M, 1), (M, 1): the largest element of each gradient's row, with every term taken absolute."""
+    terms = terms * torch.as_tensor(exact.logit_scale).abs()
+    image, text = exact.image.abs(), exact.text.abs()
+    if exact.mask is None:
+        return _row_max(terms @ text), _row_max(terms.T @ image), terms.new_zeros(())
+    mask, sim = exact.mask.double().abs(), sim.abs()
+    square = image.square() @ mask.square().T
+    text_square = text.square().sum(1)
+    defined = (square > reference.MIN_IMAGE_NORM**2) & (text_square > reference.MIN_TEXT_NORM**2)
+    product = torch.where(defined, terms / (square * text_square).sqrt(), 0)
+    shrink = torch.where(defined, terms * sim / square, 0)
+    pull = torch.where(defined, terms * sim / text_square, 0).sum(0)[:, None]
+    along = product.T @ image
+    return (
+        _row_max(product @ (mask * text) + image * (shrink @ mask.square())),
+        _row_max(along * mask + text * pull),
+        _row_max(along * text + mask * (shrink.T @ image.square())),
+    )
+
+
+def _row_max(value: Tensor) -> Tensor:
+    return value.abs().amax(1, keepdim=True)
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -292,9 +348,12 @@ def assert_accurate(
 
 
 def eager_errors(inputs: Inputs, true: Outputs, reduction: str = "mean") -> dict[str, Tensor]:
-    """|eager − truth| of every output. For float64, where eager is the truth: float32's, scaled to float64."""
+    """|eager − truth| of every output, eager being the definition as a user would write it: scores in float32.
+
+    For float64, where eager is the truth: float32's errors, scaled to float64.
+    """
     if inputs.dtype != torch.float64:
-        values = eager(inputs, reduction).values
+        values = evaluate(inputs, eager_loss, reduction).values
         return {name: (value.double() - true.values[name]).abs() for name, value in values.items()}
     narrow = inputs.to(torch.float32)
     errors = eager_errors(narrow, truth(narrow, reduction), reduction)

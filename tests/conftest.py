@@ -34,7 +34,6 @@ def poisoned() -> Iterator[None]:
     """Memory from `torch.empty` arrives full of NaN: whoever leaves an output or a buffer unwritten is found out."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
@@ -47,8 +46,7 @@ def run_python() -> Run:
     def run(
         code: str, *arguments: str, timeout: float = 300, **environment: str | None
     ) -> subprocess.CompletedProcess[str]:
-        merged = {**os.environ, **environment}
-        merged = {name: value for name, value in merged.items() if value is not None}
+        merged = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.run(command, env=merged, capture_output=True, text=True, timeout=timeout, check=False)
 
