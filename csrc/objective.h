@@ -17,21 +17,26 @@ struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kNeedsStatistics = true;
   static constexpr bool kBothSides = true;
-  static constexpr int kStatistics = 6;
-  static constexpr int kAnchor = 4;
+  static constexpr int kStatistics = 7;
+  static constexpr int kAnchor = 5;
 
+  // Sums of e^{s - max} over positives and over the others are kept apart. Where a lone positive is nearly certain,
+  // its probability minus 1 would cancel; minus the others' probability does not.
   template <class V>
   struct State {
-    V positives, max, sum, total, positive_sum, candidates;
+    V positives, max, positive_mass, other_mass, total, positive_sum, candidates;
 
-    SK_HOST_DEVICE static State empty() { return {V(0), lowest<V>(), V(0), V(0), V(0), V(0)}; }
+    SK_HOST_DEVICE static State empty() { return {V(0), lowest<V>(), V(0), V(0), V(0), V(0), V(0)}; }
 
     // A running maximum with one exponential: whichever of max and logit is smaller is brought to the larger.
     template <class M>
     SK_HOST_DEVICE void add(V logit, M positive, M candidate) {
       const V gap = select(candidate, exp(-abs(logit - max)), V(0));
       const M larger = candidate & (logit > max);
-      sum = select(larger, sum * gap + V(1), sum + gap);
+      const V rescale = select(larger, gap, V(1));
+      const V mass = select(larger, V(1), gap);
+      positive_mass = positive_mass * rescale + select(positive, mass, V(0));
+      other_mass = other_mass * rescale + select(positive, V(0), mass);
       max = select(larger, logit, max);
       total += select(candidate, logit, V(0));
       positive_sum += select(positive, logit, V(0));
@@ -42,7 +47,9 @@ struct Softmax {
     SK_HOST_DEVICE void merge(const State& other) {
       const V gap = exp(-abs(max - other.max));
       const auto larger = other.max > max;
-      sum = select(larger, sum * gap + other.sum, sum + other.sum * gap);
+      const V rescale = select(larger, gap, V(1)), rescale_other = select(larger, V(1), gap);
+      positive_mass = positive_mass * rescale + other.positive_mass * rescale_other;
+      other_mass = other_mass * rescale + other.other_mass * rescale_other;
       max = select(larger, other.max, max);
       total += other.total;
       positive_sum += other.positive_sum;
@@ -51,32 +58,47 @@ struct Softmax {
     }
   };
 
-  // max is subtracted before log(sum) is added: their sum would round at the size of the logits.
+  // log(1 + others / positive) where a lone positive dominates: the general form would round at 1. There, max is
+  // subtracted before the logarithm is added: their sum would round at the size of the logits.
   template <class V>
   SK_HOST_DEVICE static V loss(const State<V>& state, V smoothing) {
     const auto no_anchor = state.positives == V(0);
     const V positives = select(no_anchor, V(1), state.positives);
-    V loss = state.max - (V(1) - smoothing) * state.positive_sum / positives + log(state.sum);
+    const V general =
+        (state.max - (V(1) - smoothing) * state.positive_sum / positives) + log(state.positive_mass + state.other_mass);
+    const V certain = smoothing * state.positive_sum + log1p(state.other_mass / state.positive_mass);
+    const auto dominates = (state.positives == V(1)) & (state.other_mass <= state.positive_mass);
+    V loss = select(dominates, certain, general);
     loss = loss - select(smoothing == V(0), V(0), smoothing * state.total / state.candidates);
     return select(no_anchor, V(0), loss);
   }
 
-  // max, then what multiplies e^{s - max}, a positive's share and a candidate's share.
+  // max; what multiplies e^{s - max}; at a positive: what multiplies that, and what is added; each candidate's share.
   template <class V>
   SK_HOST_DEVICE static void anchor(const State<V>& state, V weight, V smoothing, V* numbers) {
     const auto no_anchor = state.positives == V(0);
+    const auto lone = state.positives == V(1);
+    const V sum = state.positive_mass + state.other_mass;
+    const V certain = smoothing * weight - weight * (state.other_mass / sum);
+    const V share = -(V(1) - smoothing) * weight / state.positives;
     numbers[0] = state.max;
-    numbers[1] = select(no_anchor, V(0), weight / state.sum);
-    numbers[2] = select(no_anchor, V(0), (V(1) - smoothing) * weight / state.positives);
-    numbers[3] = select(no_anchor, V(0), smoothing * weight / state.candidates);
+    numbers[1] = select(no_anchor, V(0), weight / sum);
+    numbers[2] = select(lone, V(0), V(1));
+    numbers[3] = select(no_anchor, V(0), select(lone, certain, share));
+    numbers[4] = select(no_anchor, V(0), smoothing * weight / state.candidates);
   }
 
   // u_i e^{s - r_i} + v_j e^{s - c_j} - (1 - e) [positive] (u_i / |P(i)| + v_j / |P(j)|) - e (u_i / M + v_j / N)
   template <class V, class M>
   SK_HOST_DEVICE static V gradient(V logit, const V* row, const V* column, M positive, M candidate) {
-    const V probability = exp(logit - row[0]) * row[1] + exp(logit - column[0]) * column[1];
-    const V target = select(positive, row[2] + column[2], V(0)) + (row[3] + column[3]);
-    return select(candidate, probability - target, V(0));
+    return select(candidate, part(logit, row, positive) + part(logit, column, positive), V(0));
+  }
+
+ private:
+  template <class V, class M>
+  SK_HOST_DEVICE static V part(V logit, const V* anchor, M positive) {
+    const V probability = exp(logit - anchor[0]) * anchor[1];
+    return select(positive, probability * anchor[2] + anchor[3], probability) - anchor[4];
   }
 };
 

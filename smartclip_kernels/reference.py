@@ -35,7 +35,7 @@ class Objective:
 
 OBJECTIVES = {
     "softmax": Objective(
-        "softmax", needs_statistics=True, both_sides=True, shift_invariant=True, statistics=6, anchor=4
+        "softmax", needs_statistics=True, both_sides=True, shift_invariant=True, statistics=7, anchor=5
     ),
     "sigmoid": Objective(
         "sigmoid", needs_statistics=False, both_sides=False, shift_invariant=False, statistics=1, anchor=1
@@ -83,16 +83,30 @@ def candidate_pairs(positive: Tensor, image_ignore: Tensor | None, text_ignore: 
     return positive | (image_ignore[:, None] != text_ignore[None, :])
 
 
+def others_advantage(logits: Tensor, positive: Tensor, candidate: Tensor) -> Tensor:
+    """(N,) log Σ_{j ∉ P(i)} e^{s_ij} − s_ip for a lone positive p, −inf without others; softplus of it is r_i − s_ip.
+
+    r_i − s_ip itself, and the probability of p minus 1, cancel where p is nearly certain, in float64 too.
+    """
+    others = candidate & ~positive
+    alone = ~others.any(1)
+    # A row without others becomes all zeros first: the gradient of its logsumexp, −inf, is NaN even times 0.
+    lse = torch.where(alone[:, None], 0, logits.masked_fill(~others, -torch.inf)).logsumexp(1)
+    return torch.where(alone, -torch.inf, lse - torch.where(positive, logits, 0).sum(1))
+
+
 def softmax_losses(logits: Tensor, positive: Tensor, candidate: Tensor, label_smoothing: float) -> Tensor:
-    """(N,) InfoNCE of every row: lse_i − (1 − e)·mean over positives − e·mean over candidates; 0 without a positive."""
-    anchor = positive.any(1)
-    # A row that is no anchor becomes all zeros first: its lse may be −inf, whose gradient is NaN even times 0.
+    """(N,) InfoNCE of every row: r_i − (1 − e)·mean over positives − e·mean over candidates; 0 without a positive."""
+    positives = positive.sum(1)
+    anchor, lone = positives > 0, positives == 1
     lse = torch.where(anchor[:, None], logits.masked_fill(~candidate, -torch.inf), 0).logsumexp(1)
-    positive_mean = torch.where(positive, logits, 0).sum(1) / positive.sum(1).clamp(min=1)
-    candidate_mean = torch.where(candidate, logits, 0).sum(1) / candidate.sum(1).clamp(min=1)
-    loss = lse - (1 - label_smoothing) * positive_mean
+    positive_mean = torch.where(positive, logits, 0).sum(1) / positives.clamp(min=1)
+    # where() inside and outside: what is not chosen must not send a NaN back.
+    advantage = others_advantage(torch.where(lone[:, None], logits, 0), positive & lone[:, None], candidate)
+    loss = torch.where(lone, torch.logaddexp(advantage, torch.zeros_like(advantage)), lse - positive_mean)
     if label_smoothing:
-        loss = loss - label_smoothing * candidate_mean
+        candidate_mean = torch.where(candidate, logits, 0).sum(1) / candidate.sum(1).clamp(min=1)
+        loss = loss + label_smoothing * (positive_mean - candidate_mean)
     return torch.where(anchor, loss, 0)
 
 
@@ -199,11 +213,15 @@ def pair_gradients(
         return torch.where(candidate, -z * torch.sigmoid(-z * logits), 0) * weights[0][:, None]
     gradient = torch.zeros_like(logits)
     for axis, weight in ((1, weights[0][:, None]), (0, weights[1][None, :])):
-        anchor = positive.any(axis, keepdim=True)
-        probability = torch.where(anchor, logits.masked_fill(~candidate, -torch.inf), 0).softmax(axis)
-        target = (1 - label_smoothing) * positive / positive.sum(axis, keepdim=True).clamp(min=1)
-        target = target + label_smoothing * candidate / candidate.sum(axis, keepdim=True).clamp(min=1)
-        gradient += torch.where(anchor, weight * (probability - target), 0)
+        positives = positive.sum(axis, keepdim=True)
+        probability = torch.where(positives > 0, logits.masked_fill(~candidate, -torch.inf), 0).softmax(axis)
+        share = positive.to(logits.dtype) / positives.clamp(min=1)
+        error = probability - share
+        turned = (logits, positive, candidate) if axis == 1 else (logits.T, positive.T, candidate.T)
+        certain = -torch.sigmoid(others_advantage(*turned)).unsqueeze(axis)
+        error = torch.where(positive & (positives == 1), certain, error)
+        smoothing = share - candidate.to(logits.dtype) / candidate.sum(axis, keepdim=True).clamp(min=1)
+        gradient += torch.where(positives > 0, weight * (error + label_smoothing * smoothing), 0)
     return gradient
 
 

@@ -132,6 +132,7 @@ SK_HOST_DEVICE V lowest() {
 using std::abs;
 using std::exp;
 using std::log;
+using std::log1p;
 using std::sqrt;
 
 template <class T>
