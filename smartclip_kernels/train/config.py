@@ -33,12 +33,12 @@ class ModelConfig:
 
     name: str = "small"
     """small (from scratch), or one of open_clip's: open_clip:ViT-B-32, open_clip:ViT-B-32/laion2b_s34b_b79k"""
-    embed_dim: int = 256
+    embed_dim: int = 512
     """D; open_clip models bring their own"""
-    image_width: int = 96
-    image_layers: int = 3
+    image_width: int = 192
+    image_layers: int = 1
     patch: int = 8
-    """pixels; the stem of stride-2 convolutions makes the patches, so a power of two"""
+    """pixels, an even number"""
     text_width: int = 64
     text_layers: int = 2
     tokens: Literal["word", "byte"] = "word"

@@ -88,7 +88,7 @@ class Run:
         if found := checkpoint.newest(self.checkpoints):
             self.load(found)
         elif isinstance(tower := self.model.image.tower, ImageTower):
-            tower.look_at(sample(self.source, 512))
+            tower.patches.look_at(sample(self.source, 512))
 
     def loss(self, image: Tensor, *texts_and_masks: Tensor | None, ids: list[Tensor]) -> Tensor:
         """The sum over an image's captions of the objective's loss, in (text, mask) pairs."""

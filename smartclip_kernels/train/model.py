@@ -42,55 +42,88 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class ImageTower(nn.Module):
-    """Images (N, 3, S, S) uint8 -> features (N, W): convolutions make the patches, a transformer reads them.
+class Patches(nn.Module):
+    """Images (N, 3, S, S) uint8 -> tokens (N, T, W), a patch each: its textures and its colours.
 
-    The first convolution starts as the sample's principal components, whitened, with both signs (see `look_at`): on few
-    steps that is worth half as many again. The others start as He et al. 2015 (arXiv 1502.01852) and without biases:
-    with torch's own start all pictures look alike, and the first epochs are lost.
+    A few thousand images do not teach a stem of random weights much, so this one starts from a sample (see `look_at`):
+    textures are whitened pieces of its pictures, which stay as they are (Coates & Ng 2012, "Learning Feature
+    Representations with K-means"), and every channel is standardised.
     """
 
-    COMPONENTS, KERNEL = 24, 4
-    mean: Tensor
-    std: Tensor
+    TEXTURES, COLOURS, PIECE = 192, 48, 5
 
-    def __init__(self, size: int, patch: int, width: int, layers: int) -> None:
+    def __init__(self, patch: int, width: int) -> None:
         super().__init__()
-        halvings = patch.bit_length() - 1
-        if patch < 2 or 2**halvings != patch or size % patch:
-            raise ValueError(f"model.patch: got {patch}, needs a power of two from 2 up that divides {size} pixels")
-        channels = 2 * self.COMPONENTS
-        stem: list[nn.Module] = [nn.Conv2d(3, channels, self.KERNEL, 2, 1), nn.GELU("tanh")]
-        for _ in range(halvings - 2):
-            stem += [nn.Conv2d(channels, channels, 3, 2, 1), nn.GELU("tanh")]
-        stem.append(nn.Conv2d(channels, width, 3, 2, 1) if halvings > 1 else nn.Conv2d(channels, width, 1))
-        self.stem = nn.Sequential(*stem)
-        for layer in self.stem:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.register_buffer("mean", torch.zeros(3, 1, 1))
-        self.register_buffer("std", torch.ones(3, 1, 1))
+        self.patch = patch
+        self.texture = nn.Conv2d(3, self.TEXTURES, self.PIECE, 2, self.PIECE // 2).requires_grad_(False)
+        self.colour = nn.Conv2d(3, self.COLOURS, 1)
+        nn.init.normal_(self.colour.weight, std=2.0)
+        nn.init.uniform_(self.colour.bias, -2.0, 2.0)  # type: ignore[arg-type]
+        self.pixels, self.channels = Standardise(3), Standardise(self.TEXTURES + self.COLOURS)
+        self.project = nn.Linear(self.TEXTURES + self.COLOURS, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.project(self.channels(self.describe(images)).flatten(2).transpose(1, 2))
+        return tokens
+
+    def describe(self, images: Tensor) -> Tensor:
+        """(N, C, S/patch, S/patch): how much of each texture and colour there is in each patch."""
+        x = self.pixels(images.to(self.project.weight.dtype) / 255)
+        textures = F.avg_pool2d(F.relu(self.texture(x)), self.patch // 2)
+        return torch.cat([textures, F.avg_pool2d(F.relu(self.colour(x)), self.patch)], dim=1)
 
     @torch.no_grad()
     def look_at(self, images: Tensor) -> None:
-        """Fits channels' mean and deviation, and the first convolution, to a sample of images, uint8 (N, 3, S, S)."""
-        pixels = images.to(self.mean.dtype) / 255
-        self.mean.copy_(pixels.mean((0, 2, 3)).view(3, 1, 1))
-        self.std.copy_(pixels.std((0, 2, 3)).clamp(min=1e-3).view(3, 1, 1))
-        patches = F.unfold((pixels - self.mean) / self.std, self.KERNEL, stride=2).transpose(1, 2).flatten(0, 1)
-        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-        whitened = (vectors / (values + 0.05).sqrt()).T.flip(0)[: self.COMPONENTS]
-        first = next(self.stem.children())
-        assert isinstance(first, nn.Conv2d)
-        first.weight.copy_(torch.cat([whitened, -whitened]).view_as(first.weight))
+        """Fits textures, means and deviations to a sample of images, uint8 (N, 3, S, S)."""
+        pixels = images.to(self.project.weight.dtype) / 255
+        self.pixels.fit(pixels)
+        pieces = F.unfold(self.pixels(pixels), self.PIECE, stride=3).transpose(1, 2).flatten(0, 1)
+        mean = pieces.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(pieces.T))
+        whiten = vectors / (values.clamp(min=0) + 0.05).sqrt() @ vectors.T
+        lengths = ((pieces - mean) @ whiten).norm(dim=1)
+        lively = torch.where(lengths >= lengths.median())[0]  # the other half is mostly background
+        chosen = lively[torch.randperm(len(lively))[: self.TEXTURES]]
+        chosen = chosen.repeat(-(-self.TEXTURES // len(chosen)))[: self.TEXTURES]
+        filters = F.normalize((pieces[chosen] - mean) @ whiten, dim=1) @ whiten
+        self.texture.weight.copy_(filters.view_as(self.texture.weight))
+        self.texture.bias.copy_(-filters @ mean - 0.7)  # type: ignore[union-attr]  # a threshold: few fire at a time
+        self.channels.fit(self.describe(images))
+
+
+class Standardise(nn.Module):
+    """(N, C, …) -> the same with mean 0 and deviation 1 in each channel of the sample that it was fitted to."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def fit(self, x: Tensor) -> None:
+        self.mean.copy_(x.mean((0, 2, 3)).view_as(self.mean))
+        self.std.copy_(x.std((0, 2, 3)).clamp(min=1e-3).view_as(self.std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class ImageTower(nn.Module):
+    """Images (N, 3, S, S) uint8 -> features (N, W): a vision transformer over patches."""
+
+    def __init__(self, size: int, patch: int, width: int, layers: int) -> None:
+        super().__init__()
+        if patch < 2 or patch % 2 or size % patch:
+            raise ValueError(f"model.patch: got {patch}, needs an even number of pixels that divides {size}")
+        self.patches = Patches(patch, width)
+        self.position = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = images.to(self.position.dtype) / 255
-        x = self.stem((pixels - self.mean) / self.std).flatten(2).transpose(1, 2) + self.position
+        x = self.patches(images) + self.position
         for block in self.blocks:
             x = block(x)
         return self.norm(x.mean(1))

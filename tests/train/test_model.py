@@ -9,7 +9,7 @@ from torch import nn
 
 from smartclip_kernels.train.captions import PAD, word_tokenizer
 from smartclip_kernels.train.config import MaskConfig, ModelConfig
-from smartclip_kernels.train.model import ImageTower, Model, build
+from smartclip_kernels.train.model import ImageTower, Model, Patches, build
 
 SMALL = ModelConfig(embed_dim=16, image_width=32, image_layers=2, text_width=32, text_layers=2, context=8)
 TEXTS = ["a red disc", "a blue square in the corner"]
@@ -52,24 +52,32 @@ def test_masks_draw_no_random_numbers_before_the_towers() -> None:
     assert all(torch.equal(plain[name], masked[name]) for name in plain)
 
 
-def test_the_first_convolution_whitens_the_sample() -> None:
-    tower = small().image.tower
-    assert isinstance(tower, ImageTower)
+def test_patches_fit_themselves_to_a_sample() -> None:
+    """Channels are standardised; textures answer to whitened pieces of the sample, a few at a time."""
+    torch.manual_seed(0)
+    patches = Patches(4, 32)
     images = (nn.functional.avg_pool2d(torch.rand(256, 3, 18, 18), 3, 1) * 255).byte()
-    tower.look_at(images)
-    components = tower.stem[0]((images / 255 - tower.mean) / tower.std)[:, :24, 1:-1, 1:-1]
-    covariance = torch.cov(components.transpose(0, 1).flatten(1))
-    assert covariance.diag().min() > 0.5
-    assert (covariance - covariance.diag().diag()).abs().max() < 0.1
+    patches.look_at(images)
+    channels = patches.channels(patches.describe(images)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(channels.mean(1), torch.zeros(240), atol=1e-3, rtol=0)
+    deviation = channels.std(1)  # 0 where a colour is in no picture
+    torch.testing.assert_close(deviation, deviation.round(), atol=1e-2, rtol=0)
+    assert deviation.mean() > 0.95
+    fires = (patches.texture(patches.pixels(images / 255)) > 0).float().mean()
+    assert 0.05 < fires < 0.4
+    assert not patches.texture.weight.requires_grad
+    constant = torch.full((4, 3, 16, 16), 255, dtype=torch.uint8)
+    patches.look_at(constant)  # nothing to whiten, nothing to divide by
+    assert patches(constant).isfinite().all()
 
 
 def test_pictures_differ_from_the_start() -> None:
-    """What torch's own initial biases spoil: embeddings of unlike pictures that are nearly parallel."""
-    model = small(image_width=96, embed_dim=64)
-    images = torch.randint(0, 256, (64, 3, 1, 1), dtype=torch.uint8).repeat(1, 1, 16, 16)
-    model.image.tower.look_at(images)  # type: ignore[operator]
-    embedding = model.image(images)
-    assert (embedding @ embedding.T).mean() < 0.8
+    tower = small(image_width=96).image.tower
+    assert isinstance(tower, ImageTower)
+    images = (nn.functional.avg_pool2d(torch.rand(64, 3, 18, 18), 3, 1) * 255).byte()
+    tower.patches.look_at(images)
+    embedding = nn.functional.normalize(tower(images), dim=1)
+    assert (embedding @ embedding.T).mean() < 0.6
 
 
 @pytest.mark.parametrize(
