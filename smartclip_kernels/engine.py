@@ -172,7 +172,7 @@ class TiledBackend:
         operands, row, column = _sides(problem)
         row.statistics, column.statistics, products = (x.contiguous() for x in saved)
         row.weight, column.weight = (x.contiguous() for x in weights)
-        return self._gradients(problem, operands, row, column, needs, products, statistics=False)[1]
+        return self._gradients(problem, operands, row, column, needs, products, one_sweep=False)[1]
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = _sides(problem)
@@ -180,7 +180,7 @@ class TiledBackend:
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
         row.weight = problem.scale.new_ones(problem.n, dtype=problem.dtype)
         launch, grads = self._gradients(
-            problem, operands, row, column, needs, problem.scale.new_empty(0), statistics=True
+            problem, operands, row, column, needs, problem.scale.new_empty(0), one_sweep=True
         )
         launch.loss()
         return row.loss.sum(), *grads
@@ -193,9 +193,9 @@ class TiledBackend:
         column: Batch,
         needs: Needs,
         products: Tensor,
-        statistics: bool,
+        one_sweep: bool,
     ) -> tuple[Launch, Tensors]:
-        """G of every tile, and from it everything asked for."""
+        """G of every tile, and from it everything asked for; with `one_sweep` statistics, too."""
         empty = problem.scale.new_empty
         planes = problem.traits.anchor
         row.anchor = empty(planes, problem.n, dtype=problem.dtype)
@@ -207,11 +207,11 @@ class TiledBackend:
         launch.anchor()
 
         def gradient(rows: slice, columns: slice, accumulators: list[Tensor], out: list[Tensor]) -> None:
-            launch.gradient(rows, columns, accumulators, out, statistics)
+            launch.gradient(rows, columns, accumulators, out, one_sweep)
 
         tiles = Tiles(problem, operands, problem.workspace - products.nbytes)
         kept = products if products.numel() else None
-        grads = _accumulate(problem, tiles, needs, column.score_gradient, gradient, kept)
+        grads = _accumulate(problem, tiles, needs, column.score_gradient, gradient, kept, unrounded=one_sweep)
         sums = parameters.sum(0) if needs.scale or needs.bias else parameters
         if needs.scale:
             grads[3].copy_(sums[0].reshape(grads[3].shape))
@@ -240,7 +240,7 @@ class TiledBackend:
             given = tiles.buffer(operands.accumulators, rows, columns).copy_(grad_sim[rows, columns])
             launch.derivative(rows, columns, products, given, out)
 
-        return tuple(_accumulate(problem, tiles, needs, column.score_gradient, gradient, None)[:3])
+        return tuple(_accumulate(problem, tiles, needs, column.score_gradient, gradient)[:3])
 
     def masked_topk(self, problem: Problem, k: int, per_text: bool) -> tuple[Tensor, Tensor]:
         launch, tiles = self._retrieval(problem, per_text)
@@ -282,10 +282,11 @@ def _accumulate(
     needs: Needs,
     score_gradient: Tensor | None,
     gradient: TileGradient,
-    kept: Tensor | None,
+    kept: Tensor | None = None,
+    unrounded: bool = False,
 ) -> list[Tensor]:
     """Gradients of image, text and mask from dL/daccumulator of every tile; those of scale and bias left to fill."""
-    operands, grads = tiles.operands, empty_gradients(problem, needs)
+    operands, grads = tiles.operands, empty_gradients(problem, needs, unrounded=unrounded)
     column_sums = operands.column_sums(grads, needs)
     for rows, row_operands in tiles.row_panels():
         row_sums = operands.row_sums(grads, rows, needs)

@@ -168,4 +168,5 @@ def _inverse_norms(text: Tensor, dtype: torch.dtype) -> Tensor:
     for start in range(0, len(text), _PANEL_ROWS):
         panel = slice(start, start + _PANEL_ROWS)
         torch.linalg.vector_norm(text[panel].double(), dim=1, out=norms[panel])
-    return torch.where(norms <= 1e-12, 0, 1 / norms).to(dtype)
+    # 1/inf is 0, which would hide the infinity as a text too small to compare.
+    return torch.where(norms <= 1e-12, 0, torch.where(norms.isinf(), torch.nan, 1 / norms)).to(dtype)

@@ -207,7 +207,7 @@ def _loss_backward_fake(
 def _loss_one_sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments[:-1])
     _no_statistics(problem.objective)
-    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*arguments[-1]))
+    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*arguments[-1]), unrounded=True)
 
 
 @_fake("masked_similarity")
@@ -315,8 +315,12 @@ class _LossOneSweep(torch.autograd.Function):
         if grads is None:
             grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
         needs = ctx.constants[-1]
+        # Not rounded before the factor: 1/N, or a gradient scaler's, decides what half precision can hold.
         with torch.no_grad():
-            scaled = tuple(grad.mul_(grad_loss) if need else grad for grad, need in zip(grads, needs, strict=True))
+            scaled = tuple(
+                grad.mul_(grad_loss).to(x.dtype) if need else grad
+                for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
+            )
         scaled = _first_order(scaled, (grad_loss, *ctx.saved_tensors))
         return (None, *_or_none(scaled, needs), *([None] * 9))
 
@@ -371,6 +375,13 @@ def _with_first_order(name: str) -> None:
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+def _without_gradient(name: str) -> None:
+    op = getattr(_ops, name)
+    _library.impl(name, lambda keyset, *arguments: _below_autograd(op, keyset, *arguments), "Autograd", with_keyset=True)
+
+
+_without_gradient("masked_topk")
+_without_gradient("retrieval_ranks")
 _with_first_order("loss_backward")
 _with_first_order("masked_similarity_backward")
 

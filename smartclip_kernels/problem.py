@@ -84,7 +84,7 @@ class Backend(Protocol):
         """Gradients, from what `loss` returned after the losses and the gradients of rows and columns."""
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        """The sum of all losses (0-D) and its gradients, for an objective without statistics."""
+        """The sum of all losses (0-D) and its gradients in the scores' dtype, for an objective without statistics."""
 
     def masked_similarity(self, problem: Problem) -> Tensor: ...
 
@@ -105,10 +105,10 @@ def ranks_of_ids(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
     return ranks[: len(row_ids)].contiguous(), ranks[len(row_ids) :].contiguous()
 
 
-def empty_gradients(problem: Problem, needs: Needs) -> list[Tensor]:
-    """Uninitialised gradients where they are needed, else empty tensors."""
+def empty_gradients(problem: Problem, needs: Needs, *, unrounded: bool = False) -> list[Tensor]:
+    """Uninitialised gradients where they are needed, else empty tensors; in the inputs' dtypes or in the scores'."""
     return [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.empty_like(x, dtype=problem.dtype if unrounded else None, memory_format=torch.contiguous_format)
         if need and x is not None
         else torch.empty(0, dtype=(problem.scale if x is None else x).dtype, device=problem.image.device)
         for x, need in zip(problem.inputs(), needs, strict=True)

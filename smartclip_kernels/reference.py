@@ -228,11 +228,11 @@ def pair_gradients(
 def similarity_gradients(
     image: Tensor, text: Tensor, mask: Tensor | None, grad_sim: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """∂L/∂image, ∂L/∂text and ∂L/∂mask from ∂L/∂sim (N, M), in the inputs' dtypes."""
+    """∂L/∂image, ∂L/∂text and ∂L/∂mask from ∂L/∂sim (N, M), in the precision of the scores."""
     dtype = compute_dtype(image.dtype)
     x, t, grad_sim = image.to(dtype), text.to(dtype), grad_sim.to(dtype)
     if mask is None:
-        return (grad_sim @ t).to(image.dtype), (grad_sim.T @ x).to(text.dtype), None
+        return grad_sim @ t, grad_sim.T @ x, None
     m = mask.to(dtype)
     square, text_square = x.square() @ m.square().T, t.square().sum(1)
     undefined = (square <= MIN_IMAGE_NORM**2) | (text_square <= MIN_TEXT_NORM**2)
@@ -248,7 +248,7 @@ def similarity_gradients(
     grad_masked_text, grad_mask_square = grad_product.T @ x, grad_square.T @ x.square()
     grad_text = grad_masked_text * m - t * ((grad_sim * sim).sum(0) / text_square)[:, None]
     grad_mask = grad_masked_text * t + 2 * m * grad_mask_square
-    return grad_image.to(image.dtype), grad_text.to(text.dtype), grad_mask.to(mask.dtype)
+    return grad_image, grad_text, grad_mask
 
 
 def topk(sim: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -234,8 +234,8 @@ def truth(inputs: Inputs, reduction: str = "mean") -> Outputs:
 def _magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, Tensor]:
     """What the roundings of an output are relative to: logits for a loss, the terms of its sum for a gradient.
 
-    Terms, not their sum: where a pair is nearly certain, G = probability − target cancels, and what is left is as
-    precise as the two were. Eager itself would not pass otherwise: its error in such a row is one number's chance.
+    Terms, not their sum: a row's sum of terms may cancel to less than the terms' own roundings, and by how much eager
+    errs there is chance. (The sum's own size would fail eager itself, once its sums run in another order.)
     """
     sim = reference.similarity(exact.image, exact.text, exact.mask)
     logits = sim * exact.logit_scale + pair_bias
@@ -273,10 +273,13 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str) -> Tens
 
     def softmax(logits: Tensor, positive: Tensor, candidate: Tensor, weight: Tensor) -> Tensor:
         probability = logits.masked_fill(~candidate, -torch.inf).softmax(1)
+        lone = positive & (positive.sum(1, keepdim=True) == 1)
         smooth = candidate / candidate.sum(1, keepdim=True).clamp(min=1) * exact.label_smoothing
         target = positive / positive.sum(1, keepdim=True).clamp(min=1) * (1 - exact.label_smoothing) + smooth
-        defined = candidate & positive.any(1, keepdim=True)
-        return weighted(torch.where(defined, probability + target, 0), logits, weight)
+        # Of a lone positive, 1 − probability is known as precisely as a small number is.
+        certain = reference.others_advantage(logits, positive, candidate).sigmoid()[:, None] + 2 * exact.label_smoothing
+        terms = torch.where(lone, certain, probability + target)
+        return weighted(torch.where(candidate & positive.any(1, keepdim=True), terms, 0), logits, weight)
 
     if not columns:
         return weighted(torch.where(candidate, torch.where(positive, -logits, logits).sigmoid(), 0), logits, u)
@@ -309,10 +312,14 @@ def _row_max(value: Tensor) -> Tensor:
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance from |value| to the next number of `dtype`, in float64."""
-    info = torch.finfo(dtype)
+    """The distance from |value| to the next number of `dtype`, in float64.
+
+    At least the smallest normal number of the scores' precision: exponentials below it may be flushed to 0.
+    """
+    info, scores = torch.finfo(dtype), torch.finfo(reference.compute_dtype(dtype))
     exponent = torch.frexp(value.double()).exponent - 1
-    return torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float64), exponent).clamp(min=info.tiny * info.eps)
+    distance = torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float64), exponent)
+    return distance.clamp(min=max(info.tiny * info.eps, scores.tiny))
 
 
 def assert_accurate(

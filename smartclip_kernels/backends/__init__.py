@@ -78,13 +78,13 @@ def resolve(name: str, device: torch.device) -> Backend:
     return backend
 
 
-def check_name(name: object) -> None:
+def check_name(name: object, argument: str = "backend") -> None:
     if name not in NAMES:
-        raise ValueError(f"backend: got {name!r}, needs one of {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"{argument}: got {name!r}, needs one of {', '.join(map(repr, NAMES))}")
 
 
 if _from_environment:
-    check_name(_from_environment)
+    check_name(_from_environment, "SMARTCLIP_BACKEND")
 
 
 @contextmanager

@@ -42,32 +42,19 @@ class ReferenceBackend:
         return rows, columns, *statistics, rows.new_empty(0)
 
     def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
-        sim = reference.similarity(problem.image, problem.text, problem.mask)
-        logits = sim * problem.scale if problem.bias is None else sim * problem.scale + problem.bias
-        positive = reference.positive_pairs(problem.image, problem.text, problem.image_ids, problem.text_ids)
-        gradient = reference.pair_gradients(
-            logits,
-            positive,
-            reference.candidate_pairs(positive, *(_ignore_ids(problem) or (None, None))),
-            (weights[0], weights[1]),
-            objective=problem.objective,
-            label_smoothing=problem.label_smoothing,
-        )
-        features = reference.similarity_gradients(problem.image, problem.text, problem.mask, gradient * problem.scale)
-        bias = torch.zeros_like(logits[0, 0]) if problem.traits.shift_invariant else gradient.sum()
-        return _needed(problem, needs, *features, (gradient * sim).sum(), bias)
+        return _rounded(problem, needs, _gradients(problem, weights))
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        rows, columns, *saved = self.loss(problem)
-        grads = self.loss_backward(problem, tuple(saved), (torch.ones_like(rows), torch.ones_like(columns)), needs)
-        return rows.sum(), *grads
+        rows, columns, *_ = self.loss(problem)
+        grads = _gradients(problem, (torch.ones_like(rows), torch.ones_like(columns)))
+        return rows.sum(), *_rounded(problem, needs, grads, unrounded=True)
 
     def masked_similarity(self, problem: Problem) -> Tensor:
         return reference.similarity(problem.image, problem.text, problem.mask)
 
     def masked_similarity_backward(self, problem: Problem, grad_sim: Tensor, needs: Needs) -> Tensors:
         features = reference.similarity_gradients(problem.image, problem.text, problem.mask, grad_sim)
-        return _needed(problem, needs, *features, None, None)[:3]
+        return _rounded(problem, needs, (*features, None, None))[:3]
 
     def masked_topk(self, problem: Problem, k: int, per_text: bool) -> tuple[Tensor, Tensor]:
         return reference.topk(_per(self.masked_similarity(problem), per_text), k)
@@ -86,11 +73,29 @@ def _ignore_ids(problem: Problem) -> tuple[Tensor, Tensor] | None:
     return None if image is None or text is None else (image, text)
 
 
-def _needed(problem: Problem, needs: Needs, *grads: Tensor | None) -> Tensors:
-    """The gradients asked for, in their inputs' shapes and dtypes."""
+def _gradients(problem: Problem, weights: Tensors) -> tuple[Tensor | None, ...]:
+    """Of image, text, mask, scale and bias, in the precision of the scores."""
+    sim = reference.similarity(problem.image, problem.text, problem.mask)
+    logits = sim * problem.scale if problem.bias is None else sim * problem.scale + problem.bias
+    positive = reference.positive_pairs(problem.image, problem.text, problem.image_ids, problem.text_ids)
+    gradient = reference.pair_gradients(
+        logits,
+        positive,
+        reference.candidate_pairs(positive, *(_ignore_ids(problem) or (None, None))),
+        (weights[0], weights[1]),
+        objective=problem.objective,
+        label_smoothing=problem.label_smoothing,
+    )
+    features = reference.similarity_gradients(problem.image, problem.text, problem.mask, gradient * problem.scale)
+    bias = torch.zeros_like(sim[0, 0]) if problem.traits.shift_invariant else gradient.sum()
+    return *features, (gradient * sim).sum(), bias
+
+
+def _rounded(problem: Problem, needs: Needs, grads: tuple[Tensor | None, ...], *, unrounded: bool = False) -> Tensors:
+    """Those asked for, in their inputs' shapes and dtypes."""
     return tuple(
         out if grad is None or not need else out.copy_(grad.reshape(out.shape))
-        for out, grad, need in zip(empty_gradients(problem, needs), grads, needs, strict=True)
+        for out, grad, need in zip(empty_gradients(problem, needs, unrounded=unrounded), grads, needs, strict=True)
     )
 
 
