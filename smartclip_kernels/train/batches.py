@@ -35,6 +35,7 @@ class Example:
     record: Record
     image: Tensor | None  # uint8 (3, size, size)
     texts: tuple[str, ...]
+    long: tuple[bool, ...]
     meanings: tuple[str, ...]  # captions of equal meaning are positives of each other's images
     problem: str = ""
 
@@ -47,6 +48,7 @@ class Batch:
     records: list[Record]
     images: Tensor  # (N, 3, size, size) uint8
     texts: list[list[str]]  # DRAWS lists of N
+    long: list[Tensor]  # DRAWS bool tensors of N: which texts are long ones
     ids: list[Tensor]  # DRAWS tensors of N: equal where image and caption are a positive pair
     problems: list[str]
 
@@ -68,19 +70,19 @@ class Examples(Dataset[Example]):
         rng = Random(f"{self.seed}/{position.number}")  # of a string: the same in every process
         drawn = kinds(self.policy, rng)
         texts = tuple(draw(record.captions, kind, rng) for kind in drawn)
+        long = tuple(kind == "long" for kind in drawn)
         meanings = tuple(
-            f"image {record.concept}" if kind == "long" else f"text {text}"
-            for kind, text in zip(drawn, texts, strict=True)
+            f"image {record.concept}" if whole else f"text {text}" for whole, text in zip(long, texts, strict=True)
         )
         try:
             image = self.source.read(record)
         except UnreadableImageError as problem:
-            return Example(record, None, texts, meanings, str(problem))
+            return Example(record, None, texts, long, meanings, str(problem))
         if self.crops:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
                 image = self.augment(image)
-        return Example(record, image, texts, meanings)
+        return Example(record, image, texts, long, meanings)
 
 
 class Order(Sampler[list[Position]]):
@@ -129,6 +131,7 @@ def batches(source: Source, config: Config, first_step: int) -> Iterator[Batch]:
             [e.record for e in readable],
             torch.stack([e.image for e in readable if e.image is not None]),
             [[e.texts[k] for e in readable] for k in range(DRAWS)],
+            [torch.tensor([e.long[k] for e in readable]) for k in range(DRAWS)],
             [torch.tensor([numbers.setdefault(e.meanings[k], len(numbers)) for e in readable]) for k in range(DRAWS)],
             problems,
         )

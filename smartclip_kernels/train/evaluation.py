@@ -60,13 +60,19 @@ class Embedder:
         return torch.cat(parts), kept
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> Texts:
+    def texts(self, texts: Sequence[str], *, long: bool = False) -> Texts:
+        """`long`: these are long captions, which tell all of an image."""
         self.model.eval()
-        parts = [
-            self.model.text(self.tokenize(texts[i : i + CHUNK]).to(self.device)) for i in range(0, len(texts), CHUNK)
-        ]
+        parts = [self._text(texts[i : i + CHUNK], long) for i in range(0, len(texts), CHUNK)]
         masks = [mask for _, mask in parts if mask is not None]
         return Texts(torch.cat([text for text, _ in parts]), torch.cat(masks) if masks else None)
+
+    def _text(self, texts: Sequence[str], long: bool) -> tuple[Tensor, Tensor | None]:
+        tokens = self.tokenize(texts).to(self.device)
+        embedded: tuple[Tensor, Tensor | None] = self.model.text(
+            tokens, torch.full((len(texts),), long, device=self.device)
+        )
+        return embedded
 
 
 def evaluate(embedder: Embedder) -> dict[str, float]:
@@ -79,7 +85,7 @@ def evaluate(embedder: Embedder) -> dict[str, float]:
 
 def _gallery(embedder: Embedder, train: Sequence[Record], records: Sequence[Record]) -> dict[str, float]:
     image, records = embedder.images(records)
-    metrics = retrieval(image, embedder.texts([r.captions.whole() for r in records]))
+    metrics = retrieval(image, embedder.texts([r.captions.whole() for r in records], long=True))
     words = keywords(train, records)
     if words:
         relevant = torch.tensor([[w in r.captions.short for w in words] for r in records], device=image.device)

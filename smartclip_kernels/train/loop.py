@@ -117,10 +117,15 @@ class Run:
             group["lr"] = rate
         self.model.train()
         self.seed_step(self.step)
-        inputs = [batch.images.to(config.device), *(self.tokenize(t).to(config.device) for t in batch.texts)]
+        texts = [
+            {"tokens": self.tokenize(words).to(config.device), "long": long.to(config.device)}
+            for words, long in zip(batch.texts, batch.long, strict=True)
+        ]
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            loss = self.cache.cache_step(*inputs, ids=[ids.to(config.device) for ids in batch.ids])
+            loss = self.cache.cache_step(
+                batch.images.to(config.device), *texts, ids=[ids.to(config.device) for ids in batch.ids]
+            )
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         # The scaler of float16 skips steps of overflown gradients by itself.

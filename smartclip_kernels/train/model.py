@@ -192,16 +192,22 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokens -> unit embeddings (M, D) and, with a head, masks (M, D); else None."""
+    """Tokens (M, T), and which texts are long (M,) -> unit embeddings (M, D) and, with a head, masks (M, D); else None.
 
-    def __init__(self, tower: nn.Module, projection: nn.Module, mask_head: MaskHead | None) -> None:
+    Where `mask_long` is False a long text's mask is all ones: it tells all, and meets the whole embedding.
+    """
+
+    def __init__(self, tower: nn.Module, projection: nn.Module, mask_head: MaskHead | None, mask_long: bool) -> None:
         super().__init__()
-        self.tower, self.projection, self.mask_head = tower, projection, mask_head
+        self.tower, self.projection, self.mask_head, self.mask_long = tower, projection, mask_head, mask_long
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens: Tensor, long: Tensor) -> tuple[Tensor, Tensor | None]:
         features, states, padding = self.tower(tokens)
-        mask = None if self.mask_head is None else self.mask_head(states, padding)
-        return F.normalize(self.projection(features), dim=1), mask
+        text = F.normalize(self.projection(features), dim=1)
+        if self.mask_head is None:
+            return text, None
+        mask = self.mask_head(states, padding)
+        return text, mask if self.mask_long else torch.where(long[:, None], 1, mask)
 
 
 class Model(nn.Module):
@@ -238,7 +244,7 @@ def build(
     width, dim = config.text_width, config.embed_dim
     return Model(
         ImageEncoder(image, nn.Linear(config.image_width, dim, bias=False)),
-        TextEncoder(text, nn.Linear(width, dim, bias=False), mask_head(masks, width, dim)),
+        TextEncoder(text, nn.Linear(width, dim, bias=False), mask_head(masks, width, dim), masks is None or masks.long),
         config,
         draws,
     ), encode
@@ -247,7 +253,12 @@ def build(
 def mask_head(masks: MaskConfig | None, width: int, dim: int) -> MaskHead | None:
     if masks is None:
         return None
-    return MaskHead(width, dim, hard=masks.hard, initial_keep=masks.initial_keep)
+    head = MaskHead(width, dim, hard=masks.hard, initial_keep=masks.initial_keep)
+    # The last layer reads unit-variance features, so its logits spread by its weights' deviation times √width.
+    last = head.to_logits[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.normal_(last.weight, std=masks.initial_spread / math.sqrt(width))
+    return head
 
 
 def _open_clip(config: ModelConfig, masks: MaskConfig | None, image_size: int, draws: int) -> tuple[Model, Tokenize]:
@@ -265,7 +276,12 @@ def _open_clip(config: ModelConfig, masks: MaskConfig | None, image_size: int, d
     features, states, _ = text(torch.zeros(1, clip.context_length, dtype=torch.int64))
     head = mask_head(masks, states.shape[2], features.shape[1])
     tokenize = open_clip.get_tokenizer(name, context_length=clip.context_length)
-    return Model(ImageEncoder(image, nn.Identity()), TextEncoder(text, nn.Identity(), head), config, draws), tokenize
+    return Model(
+        ImageEncoder(image, nn.Identity()),
+        TextEncoder(text, nn.Identity(), head, masks is None or masks.long),
+        config,
+        draws,
+    ), tokenize
 
 
 def tokenizer_for(config: ModelConfig, texts: Sequence[str]) -> Tokenizer:

@@ -21,7 +21,7 @@ import smartclip_kernels as sk
 from smartclip_kernels.train.config import Config
 
 if TYPE_CHECKING:
-    from smartclip_kernels.train.evaluation import Embedder
+    from smartclip_kernels.train.evaluation import Embedder, Texts
 
 COLUMNS = 8
 """Images that the contact sheet shows for a query."""
@@ -158,7 +158,7 @@ def contact_sheet(embedder: Embedder, path: Path, n_queries: int = 10) -> None:
     short = words[:: max(1, len(words) // (n_queries // 2))][: n_queries // 2]
     long = [r.captions.whole() for r in records[:: max(1, len(records) // (n_queries // 2))]][: n_queries // 2]
     queries = short + long
-    best = nearest(embedder, image, queries)
+    best = torch.cat([nearest(image, embedder.texts(short)), nearest(image, embedder.texts(long, long=True))])
     figure = Figure(figsize=(2 + 1.1 * COLUMNS, 1.25 * len(queries)), layout="constrained")
     grid = figure.subplots(len(queries), COLUMNS + 1, squeeze=False, width_ratios=[2.2] + [1] * COLUMNS)
     for row, query, indices in zip(grid, queries, best.tolist(), strict=True):
@@ -174,9 +174,8 @@ def contact_sheet(embedder: Embedder, path: Path, n_queries: int = 10) -> None:
     figure.savefig(path, dpi=120)
 
 
-def nearest(embedder: Embedder, image: Tensor, queries: list[str]) -> Tensor:
+def nearest(image: Tensor, texts: Texts) -> Tensor:
     """(M, COLUMNS) indices of images, best first."""
-    texts = embedder.texts(queries)
     if texts.mask is None:
         return (texts.text @ image.T).topk(min(COLUMNS, len(image)), dim=1).indices
     return sk.masked_topk(image, texts.text, texts.mask, COLUMNS)[1]

@@ -63,6 +63,8 @@ def test_ids_say_which_captions_fit_which_images(config: Configure) -> None:
         batches(open_source(config().data), config(batch_size=60), 0)
     )  # more than there are: images come twice
     long, short = batch.ids
+    assert batch.long[0].all()
+    assert not batch.long[1].any()
     for i in range(60):
         for j in range(60):
             assert (long[i] == long[j]) == (batch.records[i].concept == batch.records[j].concept)

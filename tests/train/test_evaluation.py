@@ -68,7 +68,7 @@ class Oracle(Embedder):
     def images(self, records: Sequence[Record]) -> tuple[Tensor, list[Record]]:
         return self._circle([float(r.concept) for r in records]), list(records)
 
-    def texts(self, texts: Sequence[str]) -> Texts:
+    def texts(self, texts: Sequence[str], *, long: bool = False) -> Texts:
         return Texts(self._circle([self.angles[t] for t in texts]), None)
 
     @staticmethod

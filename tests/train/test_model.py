@@ -29,21 +29,37 @@ def test_image_embeddings_are_unit_vectors(patch: int) -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    model = small(MaskConfig())
+    text = small(MaskConfig(hard=False)).text
     tokens = torch.tensor([[2, 4, 5, 6], [2, 3, PAD, PAD]])
-    padded = nn.functional.pad(tokens, (0, 3), value=PAD)
-    for a, b in zip(model.text(tokens), model.text(padded), strict=True):
+    short = torch.tensor([False, False])
+    for a, b in zip(text(tokens, short), text(nn.functional.pad(tokens, (0, 3), value=PAD), short), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    alone, _ = model.text(torch.tensor([[2, 3]]))
-    torch.testing.assert_close(model.text(tokens)[0][1:], alone, rtol=1e-5, atol=1e-5)
+    for a, b in zip(text(tokens, short), text(torch.tensor([[2, 3]]), short[:1]), strict=True):
+        torch.testing.assert_close(a[1:], b, rtol=1e-5, atol=1e-5)
 
 
 def test_only_smartclip_has_masks() -> None:
-    tokens = torch.tensor([[2, 4, 5, 6]])
-    assert small().text(tokens)[1] is None
-    mask = small(MaskConfig(hard=True)).text(tokens)[1]
-    assert mask.shape == (1, 16)
-    assert set(mask.flatten().tolist()) <= {0.0, 1.0}
+    tokens, long = torch.tensor([[2, 4, 5, 6], [2, 4, 0, 0]]), torch.tensor([True, False])
+    assert small().text(tokens, long)[1] is None
+    for mask_long in (False, True):
+        mask = small(MaskConfig(long=mask_long)).text(tokens, long)[1]
+        assert mask.shape == (2, 16)
+        assert set(mask.flatten().tolist()) == {0.0, 1.0}
+        assert (mask[0] == 1).all() == (not mask_long)
+        assert not (mask[1] == 1).all()
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3])
+def test_texts_begin_with_masks_of_their_own(keep: float) -> None:
+    torch.manual_seed(0)
+    words = [f"word{n}" for n in range(200)]
+    masks = MaskConfig(initial_keep=keep, initial_spread=1.5, hard=False)
+    model, tokenize = build(dataclasses.replace(SMALL, embed_dim=256), masks, 16, 2, word_tokenizer(words))
+    mask = model.text(tokenize(words), torch.zeros(200, dtype=torch.bool))[1]
+    logits = mask.logit()
+    assert logits.mean().sigmoid().item() == pytest.approx(keep, abs=0.1)
+    assert logits.std().item() == pytest.approx(1.5, rel=0.2)
+    assert logits.std(0).mean() > 0.5
 
 
 def test_masks_draw_no_random_numbers_before_the_towers() -> None:
@@ -101,7 +117,8 @@ def test_an_open_clip_model_by_name() -> None:
     config = ModelConfig(name="open_clip:ViT-S-32-alt")
     model, tokenize = build(config, MaskConfig(), 224, 2, word_tokenizer([]))
     tokens = tokenize(["a red disc", "b"])
-    text, mask = model.text(tokens)
+    short = torch.tensor([False, False])
+    text, mask = model.text(tokens, short)
     image = model.image(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
     assert text.shape == mask.shape == (2, 256)
     assert image.shape == (1, 256)
@@ -110,6 +127,6 @@ def test_an_open_clip_model_by_name() -> None:
     theirs.eval()
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(model.text(tokens)[0], theirs.encode_text(tokens, normalize=True))
+        torch.testing.assert_close(model.text(tokens, short)[0], theirs.encode_text(tokens, normalize=True))
     with pytest.raises(ValueError, match=r"data\.image_size: got 32"):
         build(config, None, 32, 2, word_tokenizer([]))
