@@ -377,7 +377,11 @@ def _with_first_order(name: str) -> None:
 
 def _without_gradient(name: str) -> None:
     op = getattr(_ops, name)
-    _library.impl(name, lambda keyset, *arguments: _below_autograd(op, keyset, *arguments), "Autograd", with_keyset=True)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        return _below_autograd(op, keyset, *arguments)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 _without_gradient("masked_topk")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -73,8 +73,8 @@ class Inputs:
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another precision."""
-        cast: dict[str, Any] = {name: value.to(dtype) for name, value in self._floating(DIFFERENTIABLE).items()}
-        return replace(self, **cast)
+        widened: dict[str, Any] = {name: value.to(dtype) for name, value in self._floating(DIFFERENTIABLE).items()}
+        return replace(self, **widened)
 
     def _floating(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         values = {name: getattr(self, name) for name in names}
@@ -161,8 +161,8 @@ def fused_loss(backend: str | None = None) -> Loss:
     from smartclip_kernels import functional
 
     def call(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
-        pairs = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
-        common = {**pairs, "reduction": reduction, "backend": backend}
+        common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
+        common |= {"reduction": reduction, "backend": backend}
         if x.mask is not None:
             return functional.smartclip_loss(
                 x.image,
@@ -170,7 +170,7 @@ def fused_loss(backend: str | None = None) -> Loss:
                 x.mask,
                 x.logit_scale,
                 x.logit_bias,
-                objective=x.objective,
+                objective=cast(Literal["softmax", "sigmoid"], x.objective),
                 label_smoothing=x.label_smoothing,
                 **common,
             )
@@ -202,7 +202,7 @@ def eager_loss(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
 
 def evaluate(inputs: Inputs, loss: Loss, reduction: str = "mean") -> Outputs:
     """Loss and gradients. The incoming gradient is 0.7, and with "none" another one for every anchor, some negative."""
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.leaves.items()}
+    leaves: dict[str, Any] = {name: value.detach().requires_grad_() for name, value in inputs.leaves.items()}
     result = loss(replace(inputs, **leaves), reduction)
     losses = result if isinstance(result, tuple) else (result,)
     values = dict(zip(("loss",) if len(losses) == 1 else ("loss_row", "loss_column"), losses, strict=True))
@@ -314,12 +314,13 @@ def _row_max(value: Tensor) -> Tensor:
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance from |value| to the next number of `dtype`, in float64.
 
-    At least the smallest normal number of the scores' precision: exponentials below it may be flushed to 0.
+    At least 2¹⁰ of the smallest normal number of the scores' precision: exponentials below that number may be flushed
+    to 0 before scale and features multiply them.
     """
     info, scores = torch.finfo(dtype), torch.finfo(reference.compute_dtype(dtype))
     exponent = torch.frexp(value.double()).exponent - 1
     distance = torch.ldexp(torch.full_like(value, info.eps, dtype=torch.float64), exponent)
-    return distance.clamp(min=max(info.tiny * info.eps, scores.tiny))
+    return distance.clamp(min=max(info.tiny * info.eps, 2**10 * scores.tiny))
 
 
 def assert_accurate(

@@ -206,8 +206,8 @@ def test_nothing_is_positive(backend: str, similarity: Any, objective: str, redu
 @reductions
 def test_everything_is_positive(backend: str, similarity: Any, objective: str, reduction: str) -> None:
     inputs = make_inputs(33, 29, 16, similarity=similarity, objective=objective, bias=1.0)
-    ids = {"image_ids": torch.full((33,), 2**62), "text_ids": torch.full((29,), 2**62)}
-    check_loss(replace(inputs, **ids), reduction, backend=backend)
+    inputs = replace(inputs, image_ids=torch.full((33,), 2**62), text_ids=torch.full((29,), 2**62))
+    check_loss(inputs, reduction, backend=backend)
 
 
 @similarities
@@ -237,9 +237,7 @@ def test_ids_on_the_diagonal_are_the_default(backend: str, similarity: Any, obje
     explicit = replace(inputs, image_ids=ids, text_ids=ids)
     plain, named = (testing.evaluate(x, testing.fused_loss(backend)).values for x in (inputs, explicit))
     for name, value in plain.items():
-        torch.testing.assert_close(
-            named[name], value, rtol=1e-6, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(named[name], value, rtol=1e-6, atol=1e-7, msg=f"{name}: {named[name]} for {value}")
 
 
 @objectives
@@ -311,7 +309,7 @@ def test_strides(backend: str, similarity: Any, objective: str, dtype: torch.dty
         return torch.cat([torch.full((1,), torch.nan, dtype=dtype), x.reshape(-1)])[1:].reshape(50, 24)  # odd address
 
     ids = torch.stack([torch.arange(50), torch.zeros(50, dtype=torch.int64)], 1)[:, 0]
-    layouts = {name: strided(getattr(inputs, name)) for name in ("image", "text", "mask")}
+    layouts: dict[str, Any] = {name: strided(getattr(inputs, name)) for name in ("image", "text", "mask")}
     check_loss(replace(inputs, **layouts, image_ids=ids, text_ids=ids.clone()), backend=backend)
 
 
@@ -341,13 +339,14 @@ def test_only_the_gradients_that_are_wanted(
 
 
 def as_given(value: float, form: str, dtype: torch.dtype) -> torch.Tensor | float:
-    return {
+    forms: dict[str, torch.Tensor | float] = {
         "float": value,
         "int": int(value),
         "0-D": torch.tensor(value, dtype=dtype),
         "(1,)": torch.tensor([value], dtype=dtype),
         "(1, 1)": torch.tensor([[value]], dtype=dtype),
-    }[form]
+    }
+    return forms[form]
 
 
 @similarities
@@ -360,8 +359,8 @@ def test_forms_of_scale_and_bias(backend: str, similarity: Any, objective: str, 
     """Gradients of scale and bias have their shape and dtype, whichever floating dtype that is."""
     inputs = make_inputs(40, 40, 24, similarity=similarity, objective=objective, dtype=dtype)
     for scalar in (torch.float32, reference.compute_dtype(dtype), torch.float64):
-        given = {"logit_scale": as_given(12, form, scalar), "logit_bias": as_given(-2, form, scalar)}
-        check_loss(replace(inputs, **given), backend=backend)
+        scale, bias = as_given(12, form, scalar), as_given(-2, form, scalar)
+        check_loss(replace(inputs, logit_scale=scale, logit_bias=bias), backend=backend)
 
 
 @similarities
@@ -397,7 +396,8 @@ def test_nan_in_a_mask_is_seen(backend: str, objective: str) -> None:
 @pytest.mark.parametrize("which", ["logit_scale", "logit_bias"])
 def test_nan_in_a_scalar_is_seen(backend: str, similarity: Any, objective: str, which: str) -> None:
     inputs = make_inputs(20, 20, 24, similarity=similarity, objective=objective, bias=0.0)
-    values = testing.evaluate(replace(inputs, **{which: torch.tensor(torch.nan)}), testing.fused_loss(backend)).values
+    given: dict[str, Any] = {which: torch.tensor(torch.nan)}
+    values = testing.evaluate(replace(inputs, **given), testing.fused_loss(backend)).values
     assert values["loss"].isnan()
     assert values["grad_image"].isnan().all()
 

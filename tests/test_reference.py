@@ -75,7 +75,7 @@ def literal_loss(x: Inputs, reduction: str) -> Any:
     return sum(sum(side) / max(len(side), 1) for side in found) / 2
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": -2.0},
     "wide": {"m": 9},
@@ -173,9 +173,7 @@ def test_the_reference_backend_differentiates_the_reference(
     actual = testing.evaluate(x, testing.fused_loss("reference"), backend_reduction).values
     expected = testing.evaluate(x, testing.eager_loss, backend_reduction).values
     for name in expected:
-        torch.testing.assert_close(
-            actual[name], expected[name], rtol=1e-12, atol=1e-13, msg=lambda s, n=name: f"{n}: {s}"
-        )
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-13, msg=name)
 
 
 def test_topk_and_ranks_one_by_one() -> None:
@@ -186,7 +184,7 @@ def test_topk_and_ranks_one_by_one() -> None:
     ranks = reference.ranks(sim, positive)
     assert (positive.sum(1) == 0).any() and (positive.sum(1) > 1).any()
     for i, row in enumerate(sim.tolist()):
-        order = sorted(range(23), key=lambda j, row=row: (-row[j], j))
+        order = [j for _, j in sorted((-score, j) for j, score in enumerate(row))]
         assert indices[i].tolist() == order[:5]
         assert values[i].tolist() == [row[j] for j in order[:5]]
         places = [order.index(j) + 1 for j in range(23) if positive[i, j]]

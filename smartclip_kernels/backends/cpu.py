@@ -111,6 +111,8 @@ class CpuBackend(TiledBackend):
                 "its compiled module, smartclip_kernels._C, was not built; install g++ and install the package again "
                 "without SMARTCLIP_BUILD=0"
             )
+        except ImportError as error:
+            return f"its compiled module does not load ({error}); install the package again on this machine"
         return ""
 
     def runs_on(self, device_type: str) -> bool:
