@@ -165,6 +165,8 @@ class Launch {
 
   int anchor_planes() const { return kernels_->anchor_planes; }
   int statistics_planes() const { return kernels_->statistics_planes; }
+  bool needs_statistics() const { return kernels_->needs_statistics; }
+  bool both_sides() const { return kernels_->both_sides; }
 
  private:
   static const Kernels<T>* find(const std::string& similarity, const std::string& objective) {
@@ -235,7 +237,9 @@ void define_launch(py::module_& module, const char* name) {
       .def("rank", &L::rank, arg("box"), arg("accumulators"), arg("stride"), arg("swapped"), arg("values"),
            arg("indices"), arg("ranks"))
       .def_property_readonly("anchor_planes", &L::anchor_planes)
-      .def_property_readonly("statistics_planes", &L::statistics_planes);
+      .def_property_readonly("statistics_planes", &L::statistics_planes)
+      .def_property_readonly("needs_statistics", &L::needs_statistics)
+      .def_property_readonly("both_sides", &L::both_sides);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smartclip_kernels import checks, ops
+from smartclip_kernels import checks, ops  # noqa: F401  # ops registers torch.ops.smartclip
 from smartclip_kernels.backends import check_name
 from smartclip_kernels.reference import OBJECTIVES, compute_dtype, reduce
 
@@ -278,10 +278,8 @@ def _loss(
         0,
     )
     if reduction != "none" and not OBJECTIVES[objective].needs_statistics:
-        needs = ops.needed_gradients(image, text, mask, scale, bias)
-        if any(needs):  # the incoming gradient is one number, so one sweep gives loss and gradients
-            loss = torch.ops.smartclip.loss_one_sweep(*arguments, needs)[0]
-            return loss / image.shape[0] if reduction == "mean" else loss
+        total = torch.ops.smartclip.loss_sum(*arguments)
+        return total / image.shape[0] if reduction == "mean" else total
     rows, columns, row_statistics, column_statistics, _ = torch.ops.smartclip.loss(*arguments)
     paired = image_ids is None  # then every row and column has its positive
     positives = (None, None) if paired else (row_statistics[0], column_statistics[0])

@@ -31,6 +31,7 @@ _SCHEMAS = {
     "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
     f"Tensor kept, {_LOSS}, bool[] needs) -> ({_GRADS})",
+    "loss_sum": f"({_LOSS}) -> Tensor",
     "loss_one_sweep": f"({_LOSS}, bool[] needs) -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
     "masked_similarity_backward": "(Tensor grad_sim, Tensor image, Tensor text, Tensor mask, str backend, "
@@ -104,6 +105,13 @@ def _loss_backward(
     backend = backends.resolve(loss_arguments[-2], problem.image.device)
     saved = (row_statistics, column_statistics, kept)
     return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs))
+
+
+@_implement("loss_sum")
+def _loss_sum(*arguments: Any) -> Tensor:
+    problem = _problem(*arguments)
+    _no_statistics(problem.objective)
+    return backends.resolve(arguments[-2], problem.image.device).loss(problem)[0].sum()
 
 
 @_implement("loss_one_sweep")
@@ -203,6 +211,13 @@ def _loss_backward_fake(
     return tuple(empty_gradients(_problem(*arguments[:-1]), Needs(*arguments[-1])))
 
 
+@_fake("loss_sum")
+def _loss_sum_fake(*arguments: Any) -> Tensor:
+    problem = _problem(*arguments)
+    _no_statistics(problem.objective)
+    return problem.scale.new_empty(())
+
+
 @_fake("loss_one_sweep")
 def _loss_one_sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments[:-1])
@@ -296,19 +311,18 @@ class _Loss(torch.autograd.Function):
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
-class _LossOneSweep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        # Where autograd records, the gradients stay inside, so that backward may scale them in place.
-        loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments)
-        ctx.save_for_backward(*arguments[:9])
-        ctx.constants = arguments[9:]
-        inside = tuple(grad.new_empty(0) for grad in ctx.grads)
-        ctx.mark_non_differentiable(*inside)
-        return loss, *inside
+class _LossSum(torch.autograd.Function):
+    """The incoming gradient is one number, so that the forward pass can make the gradients up to that factor."""
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        ctx.save_for_backward(*arguments[:9])
+        ctx.constants = (*arguments[9:], list(ctx.needs_input_grad[1:6]))
+        loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments[:9], *ctx.constants)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
         # In place: a second set of gradients would double their memory. So they serve one backward pass only; another
         # one over a retained graph makes them anew.
         grads, ctx.grads = ctx.grads, None
@@ -322,7 +336,7 @@ class _LossOneSweep(torch.autograd.Function):
                 for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
             )
         scaled = _first_order(scaled, (grad_loss, *ctx.saved_tensors))
-        return (None, *_or_none(scaled, needs), *([None] * 9))
+        return (None, *_or_none(scaled, needs), *([None] * 8))
 
 
 class _MaskedSimilarity(torch.autograd.Function):
@@ -362,7 +376,7 @@ def _with_autograd(name: str, function: Any, backend_at: int) -> None:
 
 
 _with_autograd("loss", _Loss, 11)
-_with_autograd("loss_one_sweep", _LossOneSweep, 11)
+_with_autograd("loss_sum", _LossSum, 11)
 _with_autograd("masked_similarity", _MaskedSimilarity, 3)
 
 
@@ -387,6 +401,7 @@ def _without_gradient(name: str) -> None:
 _without_gradient("masked_topk")
 _without_gradient("retrieval_ranks")
 _with_first_order("loss_backward")
+_with_first_order("loss_one_sweep")
 _with_first_order("masked_similarity_backward")
 
 
@@ -407,6 +422,6 @@ def _with_autocast(name: str, device_type: str, key: str) -> None:
     _library.impl(name, kernel, key)
 
 
-for _op in ("loss", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
+for _op in ("loss", "loss_sum", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
     _with_autocast(_op, "cpu", "AutocastCPU")
     _with_autocast(_op, "cuda", "AutocastCUDA")

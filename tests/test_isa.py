@@ -19,12 +19,11 @@ torch.set_num_threads(2)
 torch.use_deterministic_algorithms(True)  # torch.empty is full of NaN
 sides, dtypes = ("dot", "masked_cosine"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 for similarity, objective, dtype in itertools.product(sides, reference.OBJECTIVES, dtypes):
-    for n, m, d in ((1, 1, 8), (7, 129, 16), (127, 65, 100), (252, 507, 64)):
+    for n, m, d in ((1, 1, 8), (7, 129, 16), (127, 75, 100)):
         smoothing = 0.1 if objective == "softmax" else 0.0
         inputs = testing.make_inputs(n, m, d, similarity=similarity, objective=objective, dtype=dtype, mask="soft",
                                      bias=-1.0, ids=n != 1, ignore=True, label_smoothing=smoothing)
-        for reduction in ("mean", "none"):
-            testing.check_loss(inputs, reduction, backend="cpu")
+        testing.check_loss(inputs, "none", backend="cpu")
     inputs = testing.make_inputs(64, 64, 32, similarity=similarity, objective=objective, dtype=dtype, scale=100.0,
                                  normalize=False)
     testing.check_loss(inputs, backend="cpu")

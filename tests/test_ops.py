@@ -1,0 +1,229 @@
+"""The torch ops: opcheck, compile, export, tracing, autocast, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import smartclip_kernels as sk
+from smartclip_kernels import reference, testing
+
+ops = torch.ops.smartclip
+N, M, D = 9, 7, 16
+EVERY = [True] * 5
+
+
+def tensors(*, n: int = N, m: int = M, grad: bool = True) -> dict[str, Tensor]:
+    """All differentiable inputs of a masked loss, leaves if `grad`."""
+    inputs = testing.make_inputs(n, m, D, similarity="masked_cosine", mask="soft", bias=-1.0, ids=False)
+    return {name: x.requires_grad_(grad) for name, x in inputs.leaves.items()}
+
+
+def ids() -> tuple[Tensor, ...]:
+    return torch.arange(N) % 5, torch.arange(M) % 6, torch.arange(N) % 3, torch.arange(M) % 4
+
+
+def loss_arguments(objective: str, backend: str, *, masked: bool = True, grad: bool = True) -> tuple[Any, ...]:
+    x = tensors(grad=grad)
+    smoothing = 0.1 if reference.OBJECTIVES[objective].both_sides else 0.0
+    mask = x["mask"] if masked else None
+    return x["image"], x["text"], mask, x["logit_scale"], x["logit_bias"], *ids(), objective, smoothing, backend, 2**20
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("objective", reference.OBJECTIVES)
+def test_opcheck_loss(backend: str, objective: str, masked: bool) -> None:
+    torch.library.opcheck(ops.loss.default, loss_arguments(objective, backend, masked=masked))
+
+
+@pytest.mark.parametrize("objective", reference.OBJECTIVES)
+def test_opcheck_loss_backward(backend: str, objective: str) -> None:
+    arguments = loss_arguments(objective, backend, grad=False)
+    rows, columns, *saved = ops.loss(*arguments)
+    weights = torch.rand_like(rows), torch.rand_like(columns)
+    torch.library.opcheck(ops.loss_backward.default, (*weights, *saved, *arguments, EVERY))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_opcheck_one_sweep(backend: str, masked: bool) -> None:
+    arguments = loss_arguments("sigmoid", backend, masked=masked)
+    torch.library.opcheck(ops.loss_sum.default, arguments)
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    torch.library.opcheck(ops.loss_one_sweep.default, (*plain, [True, True, masked, True, True]))
+
+
+def test_opcheck_similarity(backend: str) -> None:
+    x = list(tensors().values())[:3]
+    torch.library.opcheck(ops.masked_similarity.default, (*x, backend))
+    given = [torch.rand(N, M), *(t.detach() for t in x)]
+    torch.library.opcheck(ops.masked_similarity_backward.default, (*given, backend, EVERY[:3]))
+
+
+@pytest.mark.parametrize("per", ["text", "image"])
+def test_opcheck_retrieval(backend: str, per: str) -> None:
+    x = list(tensors(grad=False).values())[:3]
+    torch.library.opcheck(ops.masked_topk.default, (*x, 3, per, backend))
+    torch.library.opcheck(ops.retrieval_ranks.default, (*x, *ids()[:2], per, backend))
+
+
+def everything(backend: str) -> Callable[..., Tensor]:
+    """One scalar of all losses, on inputs as `tensors` gives them with as many texts as images."""
+
+    def total(image: Tensor, text: Tensor, mask: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        b: dict[str, Any] = {"backend": backend}
+        row, column = sk.clip_loss(image, text, scale, reduction="none", label_smoothing=0.1, **b)
+        loss: Tensor = sk.clip_loss(image, text, scale, bias, **b) + row[1] + column[2]
+        loss = loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, **b)
+        loss = loss + sk.smartclip_loss(image, text, mask, scale, reduction="sum", **b)
+        loss = loss + sk.smartclip_loss(image, text, mask, scale, bias, objective="sigmoid", **b)
+        return loss + sk.masked_similarity(image, text, mask, **b).sum()
+
+    return total
+
+
+def gradients(function: Callable[..., Tensor], x: tuple[Tensor, ...]) -> list[Tensor]:
+    loss = function(*x)
+    return [loss, *torch.autograd.grad(loss, x)]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_compile(backend: str) -> None:
+    x = tuple(tensors(m=N).values())
+    compiled = torch.compile(everything(backend), fullgraph=True)
+    assert_same(gradients(compiled, x), gradients(everything(backend), x))
+
+
+def test_compile_with_dynamic_sizes(backend: str) -> None:
+    compiled = torch.compile(everything(backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (N, 12, 33):
+        x = tuple(tensors(n=n, m=n).values())
+        assert_same(gradients(compiled, x), gradients(everything(backend), x))
+
+
+def test_compile_under_autocast(backend: str) -> None:
+    x = tuple(tensors(m=N).values())
+    compiled = torch.compile(everything(backend), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual, expected = gradients(compiled, x), gradients(everything(backend), x)
+    # Compiled, the losses share one cast, whose gradient is summed in bfloat16.
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * float(b.detach().abs().max()))
+
+
+def test_export(backend: str) -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, *x: Tensor) -> Tensor:
+            return everything(backend)(*x)
+
+    x = tuple(tensors(m=N, grad=False).values())
+    exported = torch.export.export(Loss(), x)
+    assert any("smartclip.loss" in str(node.target) for node in exported.graph.nodes)
+    assert_same([exported.module()(*x)], [everything(backend)(*x)])
+
+
+def test_make_fx(backend: str) -> None:
+    x = tuple(tensors(m=N).values())
+    expected = gradients(everything(backend), x)
+    traced = make_fx(lambda *x: gradients(everything(backend), x))(*x)
+    targets = {str(node.target) for node in traced.graph.nodes}
+    assert {"smartclip.loss.default", "smartclip.loss_backward.default"} <= targets
+    with torch.no_grad():  # the trace holds the backward pass itself
+        assert_same(list(traced(*x)), expected)
+
+
+def test_autocast_leaves_float64_alone(backend: str) -> None:
+    image, text = (x.detach().double() for x in list(tensors(m=N).values())[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sk.clip_loss(image, text, 3.0, backend=backend).dtype == torch.float64
+
+
+def test_mixed_dtypes_meet_under_autocast(backend: str) -> None:
+    image, text = (x.detach() for x in list(tensors(m=N).values())[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = sk.clip_loss(image, text.bfloat16(), 3.0, backend=backend)
+        assert torch.equal(mixed, sk.clip_loss(image.bfloat16(), text.bfloat16(), 3.0, backend=backend))
+    with pytest.raises(TypeError, match=r"text: got dtype torch\.bfloat16, needs image's"):
+        sk.clip_loss(image, text.bfloat16(), 3.0, backend=backend)
+
+
+SCALARS: dict[str, Callable[..., Tensor]] = {
+    "clip": lambda i, t, m, s, b, backend: sk.clip_loss(i, t, s, b, backend=backend),
+    "siglip": lambda i, t, m, s, b, backend: sk.siglip_loss(i, t, s, b, backend=backend),
+    "siglip none": lambda i, t, m, s, b, backend: sk.siglip_loss(i, t, s, reduction="none", backend=backend).sum(),
+    "smartclip": lambda i, t, m, s, b, backend: sk.smartclip_loss(i, t, m, s, b, backend=backend),
+    "similarity": lambda i, t, m, s, b, backend: sk.masked_similarity(i, t, m, backend=backend).square().sum(),
+}
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", SCALARS)
+def test_autocast_casts_features_only(backend: str, name: str, half: torch.dtype) -> None:
+    """As `mm` would: image, text and mask are rounded to the autocast dtype; loss, scale and bias stay float32."""
+    x = tuple(tensors(m=N).values())
+    with torch.autocast("cpu", dtype=half):
+        loss = SCALARS[name](*x, backend)
+    actual = torch.autograd.grad(loss, x, allow_unused=True)
+    rounded = (*(t.detach().to(half).requires_grad_() for t in x[:3]), *x[3:])
+    expected = SCALARS[name](*rounded, backend)
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+    assert not torch.equal(loss, SCALARS[name](*x, backend))
+    for a, e in zip(actual, torch.autograd.grad(expected, rounded, allow_unused=True), strict=True):
+        assert (a is None) == (e is None)
+        if a is not None and e is not None:
+            assert a.dtype == torch.float32 and torch.equal(a, e.float())
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_second_derivatives_raise(backend: str, name: str) -> None:
+    x = tuple(tensors(m=N).values())
+    (first,) = torch.autograd.grad(SCALARS[name](*x, backend), x[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        first.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_a_retained_graph_gives_the_same_bits_again(backend: str, name: str) -> None:
+    x = tuple(tensors(m=N).values())
+    wanted = x if name == "smartclip" else x[:2]
+    loss = SCALARS[name](*x, backend)
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    second = torch.autograd.grad(loss, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend: str, name: str, mode: Any) -> None:
+    x = tuple(tensors(m=N).values())
+    expected = SCALARS[name](*x, backend)
+    with mode():
+        actual = SCALARS[name](*x, backend)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_one_sweep_needs_an_objective_without_statistics(backend: str) -> None:
+    arguments = loss_arguments("softmax", backend)
+    with pytest.raises(ValueError, match="objective: got 'softmax'"):
+        ops.loss_one_sweep(*arguments, EVERY)
+    with pytest.raises(ValueError, match="objective: got 'softmax'"), torch.no_grad():
+        ops.loss_sum(*arguments)
+
+
+def test_only_gradients_asked_for_are_made(backend: str) -> None:
+    arguments = loss_arguments("softmax", backend, grad=False)
+    rows, columns, *saved = ops.loss(*arguments)
+    for i in range(5):
+        needs = [i == k for k in range(5)]
+        grads = ops.loss_backward(torch.ones_like(rows), torch.ones_like(columns), *saved, *arguments, needs)
+        assert [g.shape == x.shape and g.numel() > 0 for g, x in zip(grads, arguments, strict=False)] == needs
