@@ -51,19 +51,20 @@ class Source:
         self.image_size = image_size
 
     def read(self, record: Record) -> Tensor:
+        """The whole image, or of an oblong one the middle."""
+        picture = transforms.resize(self.picture(record), [self.image_size], antialias=True)
+        return transforms.pil_to_tensor(transforms.center_crop(picture, [self.image_size, self.image_size]))
+
+    def picture(self, record: Record) -> Image.Image:
+        """The image as it is, in RGB."""
         try:
             with Image.open(self.open(record)) as image:
-                return self.fit(image.convert("RGB"))
+                return image.convert("RGB")
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise UnreadableImageError(f"{record.key}: {error}") from error
 
     def open(self, record: Record) -> BinaryIO:
         raise NotImplementedError
-
-    def fit(self, image: Image.Image) -> Tensor:
-        pixels = transforms.pil_to_tensor(image)
-        pixels = transforms.resize(pixels, [self.image_size], antialias=True)
-        return transforms.center_crop(pixels, [self.image_size, self.image_size])
 
 
 class Emoji(Source):
@@ -97,10 +98,10 @@ class Emoji(Source):
         captions = Captions(tuple(emoji["keywords"]), f"{emoji['name']}: {{short}}. {subgroup}, {emoji['group']}")
         return Record(f"{emoji['name']} ({style})", emoji["id"], captions, (style, cell), labels, style)
 
-    def read(self, record: Record) -> Tensor:
+    def picture(self, record: Record) -> Image.Image:
         style, cell = record.place
         left, top = self.CELL * (cell % self.COLUMNS), self.CELL * (cell // self.COLUMNS)
-        return self.fit(self.atlases[style].crop((left, top, left + self.CELL, top + self.CELL)))
+        return self.atlases[style].crop((left, top, left + self.CELL, top + self.CELL))
 
 
 def role(name: str) -> str:

@@ -70,7 +70,8 @@ class Patches(nn.Module):
         """(N, C, S/patch, S/patch): how much of each texture and colour there is in each patch."""
         x = self.pixels(images.to(self.project.weight.dtype) / 255)
         textures = F.avg_pool2d(F.relu(self.texture(x)), self.patch // 2)
-        return torch.cat([textures, F.avg_pool2d(F.relu(self.colour(x)), self.patch)], dim=1)
+        colours = F.avg_pool2d(F.relu(self.colour(F.avg_pool2d(x, 2))), self.patch // 2)
+        return torch.cat([textures, colours], dim=1)
 
     @torch.no_grad()
     def look_at(self, images: Tensor) -> None:
