@@ -229,21 +229,52 @@ class _ClassAttention(nn.Module):
         return query + self.feed_forward(query)
 
 
+class _Attend(nn.Module):
+    """A learned query after `depth` blocks of class attention: (M, T, W) -> (M, W)."""
+
+    def __init__(self, width: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(0.02 * torch.randn(width))
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(_ClassAttention(width, heads) for _ in range(depth))
+
+    def forward(self, states: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if padding_mask is not None:
+            padding_mask = nn.functional.pad(padding_mask, (1, 0), value=False)
+        query, states = self.query.expand(len(states), 1, -1), self.norm(states)
+        for block in self.blocks:
+            query = block(query, states, padding_mask)
+        return query.squeeze(1)
+
+
+class _Mean(nn.Module):
+    """The mean of the tokens that are no padding, 0 where all are: (M, T, W) -> (M, W)."""
+
+    def forward(self, states: Tensor, padding_mask: Tensor | None) -> Tensor:
+        if padding_mask is None:
+            return states.mean(1)
+        kept = ~padding_mask[:, :, None]
+        return torch.where(kept, states, 0).sum(1) / kept.sum(1).clamp(min=1)
+
+
 class MaskHead(nn.Module):
     """Token states of a text -> which dimensions of the image's embedding it speaks of (SmartCLIP, arXiv 2507.22264).
 
-    A learned query reads the tokens through `depth` blocks of class attention; a linear layer gives each dimension a
-    probability p = sigmoid(logit) of being kept. The mask is p itself (soft), or 1 where p > ½ and 0 elsewhere (hard),
+    A learned query reads the tokens through `depth` blocks of class attention and a linear layer follows; with depth 0
+    it is the tokens' mean and a perceptron of one hidden layer. Each dimension gets a probability p = sigmoid(logit) of
+    being kept. The mask is p itself (soft), or 1 where p > ½ and 0 elsewhere (hard),
     with p's gradient: the straight-through estimator of Bengio et al. 2013, arXiv 1308.3432.
 
-    At the start p is near `initial_keep` for every text and dimension: logits begin with a standard deviation of
-    0.02·√W around logit(initial_keep). Well above ½, hard masks thus begin by passing everything.
+    At the start p is near `initial_keep` for every text and dimension: the last layer's weights begin with a standard
+    deviation of `initial_std` around a bias of logit(initial_keep). A small one starts all texts with nearly the same
+    mask (well above ½, hard masks pass everything); a large one starts each with a mask of its own.
 
     Args:
         width: W, of the token states.
         embed_dim: D, of the embeddings.
         hard: masks of exactly 0 and 1, or soft ones.
         initial_keep: the probability at the start, in (0, 1).
+        initial_std: of the last layer's weights at the start; not negative.
         depth, heads: blocks of class attention, and heads in each; heads divides width. Default: 64 dimensions a head.
         explore: in training only, a dimension is kept where logit + noise > 0, with logistic noise (the binary
             Concrete distribution of Maddison et al. 2017, arXiv 1611.00712, at temperature 1). A hard mask is then a
@@ -258,28 +289,35 @@ class MaskHead(nn.Module):
         *,
         hard: bool = True,
         initial_keep: float = 0.9,
+        initial_std: float = 0.02,
         depth: int = 1,
         heads: int | None = None,
         explore: bool = False,
     ) -> None:
         super().__init__()
         heads = max(1, width // 64) if heads is None else heads
-        for name, value in (("width", width), ("embed_dim", embed_dim), ("depth", depth), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, needs at least 1")
+        for name, value, least in (
+            ("width", width, 1),
+            ("embed_dim", embed_dim, 1),
+            ("depth", depth, 0),
+            ("heads", heads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: got {value}, needs at least {least}")
         if width % heads:
             raise ValueError(f"heads: got {heads}, needs a divisor of width, {width}")
         if not 0 < initial_keep < 1:
             raise ValueError(f"initial_keep: got {initial_keep}, needs a probability in (0, 1), ends excluded")
+        if not initial_std >= 0:
+            raise ValueError(f"initial_std: got {initial_std}, needs at least 0")
         self.width = width
         self.hard = hard
         self.explore = explore
-        self.query = nn.Parameter(0.02 * torch.randn(width))
-        self.norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(_ClassAttention(width, heads) for _ in range(depth))
+        self.read = _Attend(width, heads, depth) if depth else _Mean()
         last = nn.Linear(width, embed_dim)
-        self.to_logits = nn.Sequential(nn.LayerNorm(width), last)
-        nn.init.normal_(last.weight, std=0.02)
+        hidden = [nn.LayerNorm(width)] if depth else [nn.Linear(width, width), nn.GELU()]
+        self.to_logits = nn.Sequential(*hidden, last)
+        nn.init.normal_(last.weight, std=initial_std)
         nn.init.constant_(last.bias, math.log(initial_keep / (1 - initial_keep)))
 
     def forward(self, states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -295,12 +333,7 @@ class MaskHead(nn.Module):
             TypeError, ValueError: an argument does not fit; the message names it, what it got and what it needs.
         """
         self._check(states, padding_mask)
-        if padding_mask is not None:
-            padding_mask = nn.functional.pad(padding_mask, (1, 0), value=False)
-        query, states = self.query.expand(len(states), 1, -1), self.norm(states)
-        for block in self.blocks:
-            query = block(query, states, padding_mask)
-        logits = self.to_logits(query.squeeze(1))
+        logits = self.to_logits(self.read(states, padding_mask))
         if self.explore and self.training:
             uniform = torch.rand(logits.shape, device=logits.device, dtype=torch.float32)
             logits = logits + uniform.logit(eps=1e-6).to(logits.dtype)

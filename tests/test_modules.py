@@ -147,7 +147,8 @@ def test_smartclip_loss_takes_a_bool_mask() -> None:
         (lambda: SmartClipLoss(sparsity_weight=float("nan")), "sparsity_weight: got nan"),
         (lambda: MaskHead(0, 4), "width: got 0"),
         (lambda: MaskHead(8, 0), "embed_dim: got 0"),
-        (lambda: MaskHead(8, 4, depth=0), "depth: got 0"),
+        (lambda: MaskHead(8, 4, depth=-1), "depth: got -1"),
+        (lambda: MaskHead(8, 4, initial_std=-0.1), "initial_std: got -0.1"),
         (lambda: MaskHead(8, 4, heads=3), "heads: got 3, needs a divisor of width, 8"),
         (lambda: MaskHead(8, 4, initial_keep=1.0), "initial_keep: got 1.0"),
         (lambda: MaskHead(8, 4)(torch.randn(3, 8)), r"states: got shape \(3, 8\), needs \(texts, tokens, 8\)"),
@@ -172,9 +173,13 @@ def test_type_errors(make: Any, says: str) -> None:
         make()
 
 
-def test_hard_masks_are_the_thresholded_soft_ones_with_their_gradient() -> None:
+depths = pytest.mark.parametrize("depth", [0, 1, 2])
+
+
+@depths
+def test_hard_masks_are_the_thresholded_soft_ones_with_their_gradient(depth: int) -> None:
     states, weight = torch.randn(11, 5, 16), torch.randn(11, 48)
-    head = MaskHead(16, 48, initial_keep=0.5)
+    head = MaskHead(16, 48, initial_keep=0.5, depth=depth)
     hard = head(states)
     (hard * weight).sum().backward()
     hard_gradients = [p.grad.clone() for p in head.parameters() if p.grad is not None]
@@ -198,8 +203,18 @@ def test_starts_near_the_initial_keep_probability(keep: float) -> None:
     assert soft.logit().std().item() == pytest.approx(0.02 * 64**0.5, rel=0.15)
 
 
-def test_padding_is_not_read() -> None:
-    head = MaskHead(16, 48, hard=False, depth=2, heads=4).double()
+def test_masks_may_differ_from_the_start() -> None:
+    """A large deviation starts each text with a mask of its own, a small one with nearly the same for all."""
+    states = torch.randn(200, 6, 64)
+    spread = [
+        MaskHead(64, 256, hard=False, depth=0, initial_std=std)(states).logit().std(0).mean() for std in (0.02, 0.7)
+    ]
+    torch.testing.assert_close(spread[1] / spread[0], torch.tensor(35.0), rtol=0.3, atol=0)
+
+
+@depths
+def test_padding_is_not_read(depth: int) -> None:
+    head = MaskHead(16, 48, hard=False, depth=depth, heads=4, initial_std=0.5).double()
     states = torch.randn(5, 7, 16, dtype=torch.float64)
     lengths = torch.tensor([7, 3, 1, 0, 5])
     padding = torch.arange(7) >= lengths[:, None]
@@ -225,8 +240,9 @@ def test_exploration_draws_with_the_masks_probability_in_training_only() -> None
     torch.testing.assert_close(draws.mean(0), head(states)[0], rtol=0, atol=5 * 0.5 / 20_000**0.5)
 
 
-def test_half_precision_and_a_nan_that_stays_visible() -> None:
-    head = MaskHead(16, 20)
+@depths
+def test_half_precision_and_a_nan_that_stays_visible(depth: int) -> None:
+    head = MaskHead(16, 20, depth=depth)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mask = head(torch.randn(4, 3, 16))
     assert mask.dtype == torch.bfloat16

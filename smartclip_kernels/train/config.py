@@ -57,8 +57,8 @@ class MaskConfig:
     """masks of 0 and 1 with a straight-through gradient, or soft ones"""
     initial_keep: float = 0.27
     """share of the dimensions that a mask passes at the start"""
-    initial_spread: float = 1.6
-    """deviation of a mask's logits over texts and dimensions at the start: texts begin with masks of their own"""
+    initial_std: float = 0.7
+    """of the head's last weights at the start: large enough that texts begin with masks of their own"""
     long: bool = False
     """mask long captions too, or compare these, which tell all, with the whole embedding"""
     sparsity: float = 0.0

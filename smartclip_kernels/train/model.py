@@ -254,12 +254,9 @@ def build(
 def mask_head(masks: MaskConfig | None, width: int, dim: int) -> MaskHead | None:
     if masks is None:
         return None
-    head = MaskHead(width, dim, hard=masks.hard, initial_keep=masks.initial_keep)
-    # The last layer reads unit-variance features, so its logits spread by its weights' deviation times √width.
-    last = head.to_logits[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.normal_(last.weight, std=masks.initial_spread / math.sqrt(width))
-    return head
+    return MaskHead(
+        width, dim, hard=masks.hard, initial_keep=masks.initial_keep, initial_std=masks.initial_std, depth=0
+    )
 
 
 def _open_clip(config: ModelConfig, masks: MaskConfig | None, image_size: int, draws: int) -> tuple[Model, Tokenize]:

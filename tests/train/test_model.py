@@ -53,13 +53,12 @@ def test_only_smartclip_has_masks() -> None:
 def test_texts_begin_with_masks_of_their_own(keep: float) -> None:
     torch.manual_seed(0)
     words = [f"word{n}" for n in range(200)]
-    masks = MaskConfig(initial_keep=keep, initial_spread=1.5, hard=False)
+    masks = MaskConfig(initial_keep=keep, initial_std=0.7, hard=False)
     model, tokenize = build(dataclasses.replace(SMALL, embed_dim=256), masks, 16, 2, word_tokenizer(words))
     mask = model.text(tokenize(words), torch.zeros(200, dtype=torch.bool))[1]
     logits = mask.logit()
     assert logits.mean().sigmoid().item() == pytest.approx(keep, abs=0.1)
-    assert logits.std().item() == pytest.approx(1.5, rel=0.2)
-    assert logits.std(0).mean() > 0.5
+    assert logits.std(0).mean() > 0.3
 
 
 def test_masks_draw_no_random_numbers_before_the_towers() -> None:
