@@ -31,6 +31,26 @@ assert _C.parallel_runtime() in runtimes, _C.parallel_runtime()
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_as_many_threads_as_torch_says(run_python: Any) -> None:
+    """Counted in the process: one thread starts no other, three start two and no pool of their own besides."""
+    code = """
+import os, torch
+torch.set_num_threads(1)
+import smartclip_kernels as sk
+image, text = torch.randn(3000, 32, requires_grad=True), torch.randn(3000, 32)
+counts = [len(os.listdir("/proc/self/task"))]
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    sk.clip_loss(image, text, 1.0, backend="cpu").backward()
+    counts.append(len(os.listdir("/proc/self/task")))
+before, one, three = counts
+assert (one, three) == (before, before + 2), counts
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
