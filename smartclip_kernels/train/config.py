@@ -80,11 +80,11 @@ class Config:
     """images the contrastive loss compares at once"""
     chunk_size: int = 128
     """images the encoders see at once"""
-    steps: int = 200
+    steps: int = 110
     seed: int = 0
 
     lr: float = 4e-3
-    warmup: int = 20
+    warmup: int = 10
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
