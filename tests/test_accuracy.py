@@ -74,7 +74,7 @@ def test_many_tiles(
 @similarities
 @objectives
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("megabytes", [16, 64, 512])
+@pytest.mark.parametrize("megabytes", [8, 64, 512])
 def test_default_tiles(
     backend: str,
     similarity: Any,
@@ -83,9 +83,11 @@ def test_default_tiles(
     megabytes: float,
     set_workspace: Callable[[float], None],
 ) -> None:
-    """More scores than one tile of the default workspace holds."""
+    """Tiles of the shapes that speed is made of, several each way; and all products kept."""
+    if backend == "reference":
+        pytest.skip("it has no tiles, and is for small sizes")
     set_workspace(megabytes)
-    inputs = make_inputs(5003, 4099, 64, similarity=similarity, objective=objective, dtype=dtype, bias=-1.0)
+    inputs = make_inputs(2503, 2179, 64, similarity=similarity, objective=objective, dtype=dtype, bias=-1.0)
     check_loss(inputs, backend=backend)
 
 
