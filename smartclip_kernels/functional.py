@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smartclip_kernels import checks, ops  # noqa: F401  # ops registers torch.ops.smartclip
 from smartclip_kernels.backends import check_name
-from smartclip_kernels.reference import OBJECTIVES, compute_dtype, reduce
+from smartclip_kernels.reference import OBJECTIVES, compute_dtype, mean_of_anchors
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -277,13 +277,15 @@ def _loss(
         _backend(backend),
         0,
     )
-    if reduction != "none" and not OBJECTIVES[objective].needs_statistics:
+    # Where the mean divides by N, one op is enough: by ids, a side's anchors have to be counted.
+    counted = reduction == "mean" and OBJECTIVES[objective].both_sides and image_ids is not None
+    if reduction != "none" and not counted:
         total = torch.ops.smartclip.loss_sum(*arguments)
         return total / image.shape[0] if reduction == "mean" else total
     rows, columns, row_statistics, column_statistics, _ = torch.ops.smartclip.loss(*arguments)
-    paired = image_ids is None  # then every row and column has its positive
-    positives = (None, None) if paired else (row_statistics[0], column_statistics[0])
-    return reduce(rows, columns, *positives, objective=objective, reduction=reduction)
+    if reduction == "none":
+        return (rows, columns) if OBJECTIVES[objective].both_sides else rows
+    return mean_of_anchors(rows, columns, row_statistics[0], column_statistics[0])
 
 
 def _backend(name: str | None) -> str:

@@ -110,8 +110,13 @@ def _loss_backward(
 @_implement("loss_sum")
 def _loss_sum(*arguments: Any) -> Tensor:
     problem = _problem(*arguments)
-    _no_statistics(problem.objective)
-    return backends.resolve(arguments[-2], problem.image.device).loss(problem)[0].sum()
+    rows, columns, *_ = backends.resolve(arguments[-2], problem.image.device).loss(problem)
+    return _total(rows, columns, problem.objective)
+
+
+def _total(rows: Tensor, columns: Tensor, objective: str) -> Tensor:
+    """The sum of all losses, with a half of each side where both have them."""
+    return (rows.sum() + columns.sum()) / 2 if OBJECTIVES[objective].both_sides else rows.sum()
 
 
 @_implement("loss_one_sweep")
@@ -213,9 +218,7 @@ def _loss_backward_fake(
 
 @_fake("loss_sum")
 def _loss_sum_fake(*arguments: Any) -> Tensor:
-    problem = _problem(*arguments)
-    _no_statistics(problem.objective)
-    return problem.scale.new_empty(())
+    return _problem(*arguments).scale.new_empty(())
 
 
 @_fake("loss_one_sweep")
@@ -312,6 +315,26 @@ class _Loss(torch.autograd.Function):
 
 
 class _LossSum(torch.autograd.Function):
+    """As `_Loss`, for one incoming number: all of a side's weights are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        rows, columns, *kept = _below_autograd(_ops.loss, keyset, *arguments)
+        ctx.save_for_backward(*kept, *arguments[:9])
+        ctx.constants = arguments[9:]
+        with torch._C._AutoDispatchBelowAutograd():
+            return _total(rows, columns, arguments[9])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        needs = list(ctx.needs_input_grad[1:6])
+        weight = grad_loss / 2 if OBJECTIVES[ctx.constants[0]].both_sides else grad_loss
+        weights = (weight.expand(statistics.shape[1]) for statistics in ctx.saved_tensors[:2])
+        grads = _ops.loss_backward(*weights, *ctx.saved_tensors, *ctx.constants, needs)
+        return (None, *_or_none(grads, needs), *([None] * 8))
+
+
+class _LossSumOneSweep(torch.autograd.Function):
     """The incoming gradient is one number, so that the forward pass can make the gradients up to that factor."""
 
     @staticmethod
@@ -363,21 +386,27 @@ def _resolved(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
     return tuple(decided)
 
 
-def _with_autograd(name: str, function: Any, backend_at: int) -> None:
+def _with_autograd(name: str, backend_at: int, function: Callable[..., Any]) -> None:
+    """`function` gives the arguments the autograd function that runs where a gradient is wanted."""
     op = getattr(_ops, name)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         arguments = _resolved(arguments, backend_at)
         if any(needed_gradients(*(x for x in arguments if isinstance(x, Tensor)))):
-            return function.apply(keyset, *arguments)
+            return function(*arguments).apply(keyset, *arguments)
         return _below_autograd(op, keyset, *arguments)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-_with_autograd("loss", _Loss, 11)
-_with_autograd("loss_sum", _LossSum, 11)
-_with_autograd("masked_similarity", _MaskedSimilarity, 3)
+def _sum_function(*arguments: Any) -> Any:
+    checks.choice("objective", arguments[9], tuple(OBJECTIVES))
+    return _LossSum if OBJECTIVES[arguments[9]].needs_statistics else _LossSumOneSweep
+
+
+_with_autograd("loss", 11, lambda *_: _Loss)
+_with_autograd("loss_sum", 11, _sum_function)
+_with_autograd("masked_similarity", 3, lambda *_: _MaskedSimilarity)
 
 
 def _with_first_order(name: str) -> None:

@@ -143,16 +143,17 @@ def anchor_losses(
     return rows, columns, positive.sum(1).to(logits.dtype), positive.sum(0).to(logits.dtype)
 
 
+def mean_of_anchors(rows: Tensor, columns: Tensor, row_positives: Tensor, column_positives: Tensor) -> Tensor:
+    """½ of the mean over each side's anchors: those with a positive. A side without any contributes 0."""
+    row_anchors = (row_positives > 0).sum().clamp(min=1)
+    column_anchors = (column_positives > 0).sum().clamp(min=1)
+    return (rows.sum() / row_anchors + columns.sum() / column_anchors) / 2
+
+
 def reduce(
-    rows: Tensor,
-    columns: Tensor,
-    row_positives: Tensor | None,
-    column_positives: Tensor | None,
-    *,
-    objective: str,
-    reduction: str,
+    rows: Tensor, columns: Tensor, row_positives: Tensor, column_positives: Tensor, *, objective: str, reduction: str
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The loss of a batch from its anchors' losses: "mean", "sum" or "none". Without positives, all are anchors."""
+    """The loss of a batch from its anchors' losses: "mean", "sum" or "none"."""
     if not OBJECTIVES[objective].both_sides:
         if reduction == "none":
             return rows
@@ -161,11 +162,7 @@ def reduce(
         return rows, columns
     if reduction == "sum":
         return (rows.sum() + columns.sum()) / 2
-    if row_positives is None or column_positives is None:
-        return (rows.mean() + columns.mean()) / 2
-    row_anchors = (row_positives > 0).sum().clamp(min=1)
-    column_anchors = (column_positives > 0).sum().clamp(min=1)
-    return (rows.sum() / row_anchors + columns.sum() / column_anchors) / 2
+    return mean_of_anchors(rows, columns, row_positives, column_positives)
 
 
 def loss(

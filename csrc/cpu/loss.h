@@ -71,7 +71,7 @@ void statistics_of(const Problem<T>& problem, const Tile<T>& tile, int threads) 
   using State = typename Objective::template State<V>;
   constexpr int64_t kStripPacks = kStripColumns / V::kLanes;
   const V scale(*problem.scale), bias(problem.bias ? *problem.bias : T(0));
-  const int parts = parts_of(tile.rows, threads);
+  const int parts = parts_of(tile, tile.rows, threads);
   const int64_t packs = (tile.columns + V::kLanes - 1) / V::kLanes;
   Scratch<State> scratch(Objective::kBothSides ? packs * parts : 0);
 
@@ -104,7 +104,7 @@ void statistics_of(const Problem<T>& problem, const Tile<T>& tile, int threads) 
     }
   });
   if constexpr (Objective::kBothSides) {
-    for_parts(packs, parts_of(packs, threads), [&](int, int64_t begin, int64_t end) {
+    for_parts(packs, parts_of(tile, packs, threads), [&](int, int64_t begin, int64_t end) {
       for (int64_t pack = begin; pack < end; ++pack) {
         const int64_t c = pack * V::kLanes;
         const int count = static_cast<int>(minimum<int64_t>(V::kLanes, tile.columns - c));
@@ -161,7 +161,7 @@ void gradient_of(const Problem<T>& problem, const Tile<T>& tile, int threads) {
   using State = typename Objective::template State<V>;
   const V scale(*problem.scale), bias(problem.bias ? *problem.bias : T(0));
   const bool column_sums = problem.column.score_gradient;
-  const int parts = parts_of(tile.rows, threads);
+  const int parts = parts_of(tile, tile.rows, threads);
   const int64_t packs = (tile.columns + V::kLanes - 1) / V::kLanes;
   Scratch<V> scratch(column_sums ? packs * parts : 0);
 

@@ -7,7 +7,7 @@ namespace smartclip::SK_ISA {
 
 template <class T, class Similarity>
 void similarity(const Problem<T>& problem, const Tile<T>& tile, int threads) {
-  for_parts(tile.rows, parts_of(tile.rows, threads), [&](int, int64_t begin, int64_t end) {
+  for_parts(tile.rows, parts_of(tile, tile.rows, threads), [&](int, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Row<T> row(problem.row, tile.row + r);
       for_packs<T>(0, tile.columns, [&](int64_t c, auto count) {
@@ -23,7 +23,7 @@ void derivative(const Problem<T>& problem, const Tile<T>& tile, const T* grad_si
   using V = Pack<T>;
   // In column order for every thread count: parts are columns, so that no sum is split.
   const int64_t packs = (tile.columns + V::kLanes - 1) / V::kLanes;
-  for_parts(packs, parts_of(packs, threads), [&](int, int64_t begin, int64_t end) {
+  for_parts(packs, parts_of(tile, packs, threads), [&](int, int64_t begin, int64_t end) {
     const int64_t first = begin * V::kLanes, last = minimum(end * V::kLanes, tile.columns);
     T* const sums = problem.column.score_gradient;
     if (sums && tile.row == 0)
@@ -50,7 +50,7 @@ bool better(T a, T b) {
 // Calls body(row, lanes of sim, column, count) for every pack of every row.
 template <class T, class Similarity, bool kSwapped, class Body>
 void for_scores(const Problem<T>& problem, const Tile<T>& tile, int threads, Body body) {
-  for_parts(tile.rows, parts_of(tile.rows, threads), [&](int, int64_t begin, int64_t end) {
+  for_parts(tile.rows, parts_of(tile, tile.rows, threads), [&](int, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Row<T> row(problem.row, tile.row + r);
       for_packs<T>(0, tile.columns, [&](int64_t c, auto count) {

@@ -35,7 +35,13 @@ void for_parts(int64_t size, int parts, Body body) {
   parallel(parts, run);
 }
 
-inline int parts_of(int64_t size, int threads) { return static_cast<int>(minimum<int64_t>(size, threads)); }
+// Parts that a loop over `size` things makes of a tile: no more than threads, and each worth waking a thread for.
+template <class T>
+int parts_of(const Tile<T>& tile, int64_t size, int threads) {
+  constexpr int64_t kPairsWorthAThread = 8192;
+  const int64_t worth = tile.rows * tile.columns / kPairsWorthAThread + 1;
+  return static_cast<int>(minimum(minimum<int64_t>(size, threads), worth));
+}
 
 template <class T>
 Mask<T> first_lanes(int count) {
