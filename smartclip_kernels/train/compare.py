@@ -1,9 +1,10 @@
 """``python -m smartclip_kernels.train.compare``: what masks change, everything else being equal.
 
-Five arms, the same towers, images, number of captions, steps and seeds:
+Six arms, the same towers, images, number of captions, steps and seeds:
 
     clip on short captions · clip on long ones · clip on a mixture ·
-    clip on both at once (a long and a short one of every image, two losses) · smartclip on both
+    clip on both at once (a long and a short one of every image, two losses) ·
+    smartclip on both, with hard masks (the default) and with soft ones
 
 Every run is a process of its own with one thread and leaves a folder. Runs that are done are not done again.
 """
@@ -25,13 +26,16 @@ import torch
 import tyro
 from rich.console import Console
 
-ARMS: dict[str, tuple[str, str]] = {
-    "clip, short": ("clip", "short"),
-    "clip, long": ("clip", "long"),
-    "clip, mixed": ("clip", "mixed"),
-    "clip, both": ("clip", "both"),
-    "smartclip, both": ("smartclip", "both"),
+SOFT = "--mask.no-hard --mask.initial-keep 0.05 --mask.initial-std 1.0"
+ARMS: dict[str, tuple[str, str, str]] = {
+    "clip, short": ("clip", "short", ""),
+    "clip, long": ("clip", "long", ""),
+    "clip, mixed": ("clip", "mixed", ""),
+    "clip, both": ("clip", "both", ""),
+    "smartclip, both": ("smartclip", "both", ""),
+    "smartclip, both, soft masks": ("smartclip", "both", SOFT),
 }
+"""Objective, captions and the options that are the arm's own."""
 METRICS = (
     "text→image R@1", "text→image R@5", "text→image R@10", "image→text R@1", "image→text R@5", "image→text R@10",
     "keyword mAP", "zero-shot group", "zero-shot subgroup", "role mAP", "gender mAP", "tone mAP",
@@ -52,7 +56,7 @@ class CompareConfig:
     jobs: int = 2
     """runs at a time, a thread each"""
     train: str = "--batch-size 256 --chunk-size 256 --steps 400 --lr 2e-3 --warmup 30"
-    """smartclip-train's options, the same for every run"""
+    """smartclip-train's options, the same for every run; they begin with dashes, so write --train='--steps 50'"""
 
 
 def main() -> None:
@@ -76,19 +80,18 @@ def main() -> None:
 
 def run(config: CompareConfig, arm: str, seed: int) -> dict[str, float]:
     """The metrics of one run, which is made unless it is there."""
-    objective, captions = ARMS[arm]
-    folder = config.runs / f"{objective}-{captions}-{seed}"
+    objective, captions, own = ARMS[arm]
+    folder = config.runs / f"{objective}-{captions}{'-soft' if own == SOFT else ''}-{seed}"
     done, options = folder / "evaluation.json", folder / "options.txt"
-    if options.exists() and options.read_text() != config.train:
-        raise ValueError(
-            f"runs: {folder} was made with {options.read_text()!r}, needs to be empty or of {config.train!r}"
-        )
+    needed = f"{config.train} {own}".strip()
+    if options.exists() and options.read_text() != needed:
+        raise ValueError(f"runs: {folder} was made with {options.read_text()!r}, needs to be empty or of {needed!r}")
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        options.write_text(config.train)
+        options.write_text(needed)
         command = [
             sys.executable, "-m", "smartclip_kernels.train", "--objective", objective, "--captions", captions,
-            "--seed", str(seed), "--threads", "1", "--out", str(folder), "--resume", *config.train.split(),
+            "--seed", str(seed), "--threads", "1", "--out", str(folder), "--resume", *needed.split(),
         ]  # fmt: skip
         with (folder / "log.txt").open("a") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

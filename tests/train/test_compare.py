@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smartclip_kernels.train import compare
-from smartclip_kernels.train.compare import ARMS, BEGIN, END, METRICS, CompareConfig, run, table, write_between
+from smartclip_kernels.train.compare import ARMS, BEGIN, END, METRICS, SOFT, CompareConfig, run, table, write_between
 
 
 def metrics(value: float) -> dict[str, float]:
@@ -33,7 +33,7 @@ def test_only_what_is_between_the_markers_changes(tmp_path: Path) -> None:
     assert page.read_text() == "no markers"
 
 
-def test_the_arms_differ_in_objective_and_captions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arms_differ_in_objective_captions_and_masks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
 
     class Finished:
@@ -47,13 +47,15 @@ def test_the_arms_differ_in_objective_and_captions_alone(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("smartclip_kernels.train.compare.subprocess.run", fake)
     config = CompareConfig(runs=tmp_path)
-    assert [run(config, arm, 1)["keyword mAP"] for arm in ARMS] == [1, 2, 3, 4, 5]
-    assert [run(config, arm, 1)["keyword mAP"] for arm in ARMS] == [1, 2, 3, 4, 5], "a run that is done was done again"
-    assert len(commands) == len(ARMS) == 5
+    assert [run(config, arm, 1)["keyword mAP"] for arm in ARMS] == [1, 2, 3, 4, 5, 6]
+    assert [run(config, arm, 1)["keyword mAP"] for arm in ARMS] == [1, 2, 3, 4, 5, 6], (
+        "a run that is done was done again"
+    )
+    assert len(commands) == len(ARMS) == 6
     folders = {str(path) for path in tmp_path.iterdir()}
     words: list[set[str]] = [set(command) - folders for command in commands]
     common = words[0].intersection(*words[1:])
-    assert words[0].union(*words[1:]) - common <= {"clip", "smartclip", "short", "long", "mixed", "both"}
+    assert words[0].union(*words[1:]) - common <= {"clip", "smartclip", "short", "long", "mixed", "both", *SOFT.split()}
     with pytest.raises(ValueError, match="was made with"):
         run(CompareConfig(runs=tmp_path, train="--steps 1"), "clip, both", 1)
 
@@ -71,7 +73,7 @@ def test_the_whole_comparison_on_a_few_steps(tmp_path: Path, monkeypatch: pytest
     options = "--batch-size 16 --chunk-size 16 --steps 2 --warmup 1"
     paths = {"--out": tmp_path / "out", "--runs": tmp_path / "runs", "--readme": page}
     words = [str(word) for pair in paths.items() for word in pair]
-    monkeypatch.setattr("sys.argv", ["compare", *words, "--seeds", "1", "--train", options])
+    monkeypatch.setattr("sys.argv", ["compare", *words, "--seeds", "1", f"--train={options}"])
     compare.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["results"].keys() == ARMS.keys()
