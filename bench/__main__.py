@@ -1,4 +1,5 @@
-"""``python -m bench``: measure; ``python -m bench readme RESULTS.json``: put a result's table into the README."""
+"""``python -m bench``: measure; ``python -m bench readme RESULTS.json``: put a result's table into the README;
+``python -m bench report``: what the Triton kernels take of each GPU, compiled here."""
 
 from __future__ import annotations
 
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     readme = commands.add_parser("readme", help="write a result's table between the README's markers")
     readme.add_argument("results", type=Path, metavar="RESULTS.json")
     readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    ahead = commands.add_parser("report", help="compile Triton's kernels for every architecture")
+    ahead.add_argument("--out", type=Path, metavar="REPORT.md", help="default: the terminal")
+    ahead.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 alone")
     return main
 
 
@@ -73,6 +77,10 @@ def main(argv: list[str]) -> int:
     if arguments.command == "readme":
         report.update_readme(arguments.readme, arguments.results)
         return 0
+    if arguments.command == "report":
+        from bench import ahead  # needs triton
+
+        return ahead.main(arguments.out, arguments.quick)
     return run_cpu(arguments)
 
 

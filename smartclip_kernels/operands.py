@@ -2,8 +2,9 @@
 
 A similarity has `accumulators` pairs of operands: accumulator k of a tile is rows[k] @ columns[k]ᵀ. From the
 tile's gradients d[k] the engine sums d[k] @ columns[k] into a panel's rows and d[k]ᵀ @ rows[k] into the columns;
-`store_rows` and `store_columns` make the inputs' gradients of these sums. Panels are prepared one at a time, in the
-precision of the scores.
+`store_rows` and `store_columns` make the inputs' gradients of these sums, times `gain`. Panels are prepared one at a
+time: widened to the precision of the scores, or, `native`, in the inputs' own precision, for kernels that multiply
+half-precision numbers exactly.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ _PANEL_ROWS = 2048
 
 
 class Dot:
-    """sim = ⟨image, text⟩: inputs as they are, half precision widened."""
+    """sim = ⟨image, text⟩: inputs as they are, half precision widened unless `native`."""
 
     name = "dot"
     accumulators = 1
 
-    def __init__(self, problem: Problem) -> None:
-        self.dtype = problem.dtype
+    def __init__(self, problem: Problem, native: bool = False) -> None:
+        self.sum_dtype = problem.dtype
+        self.dtype = problem.image.dtype if native else problem.dtype
         self.image = _rows_contiguous(problem.image)
         self.text = _rows_contiguous(problem.text)
         self.row_factor: Tensor | None = None
         self.column_factor: Tensor | None = None
 
-    @staticmethod
-    def panel_numbers(problem: Problem) -> int:
-        """Numbers that one row of a panel takes, for the workspace."""
-        return 0 if problem.image.dtype == problem.dtype else 3 * problem.d
+    def panel_bytes(self, problem: Problem) -> int:
+        """What one row of a panel takes, for the workspace: its copy, and sums that have no home in the gradients."""
+        return 0 if problem.image.dtype == problem.dtype else 3 * problem.d * problem.dtype.itemsize
 
     def rows(self, panel: slice) -> Tensors:
         return (self.image[panel].to(self.dtype),)
@@ -42,20 +43,22 @@ class Dot:
 
     def row_sums(self, grads: list[Tensor], panel: slice, needs: Needs) -> list[Tensor]:
         """Where the panel's sums are made: one for each accumulator, or none."""
-        return [_home(grads[0][panel], self.dtype)] if needs.image else []
+        return [_home(grads[0][panel], self.sum_dtype)] if needs.image else []
 
     def column_sums(self, grads: list[Tensor], needs: Needs) -> list[Tensor]:
-        return [_home(grads[1], self.dtype)] if needs.text else []
+        return [_home(grads[1], self.sum_dtype)] if needs.text else []
 
-    def store_rows(self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor]) -> None:
-        if sums:
-            _settle(grads[0][panel], sums[0])
-
-    def store_columns(
-        self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None
+    def store_rows(
+        self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor], gain: Tensor | None
     ) -> None:
         if sums:
-            _settle(grads[1], sums[0])
+            _settle(grads[0][panel], _times(sums[0], gain))
+
+    def store_columns(
+        self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None, gain: Tensor | None
+    ) -> None:
+        if sums:
+            _settle(grads[1], _times(sums[0], gain))
 
 
 class MaskedCosine:
@@ -63,54 +66,76 @@ class MaskedCosine:
 
     A row of image is divided by a power of two (its `row_factor`), which is exact and cancels in P/√Q, so that its
     squares neither overflow nor vanish. `column_factor` is 1/‖text‖, 0 where the norm is too small.
+
+    `native` half precision: a number of twice the digits, as a square is, becomes the sum of two halves, so the
+    operands are image, image² high and low · mask ⊙ text and mask² high, both low, and whether any of those is not 0:
+    with masks of 0 and 1 none is. Texts are divided by powers of two as well: dP has to fit half precision.
     """
 
     name = "masked_cosine"
     accumulators = 2
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, native: bool = False) -> None:
         assert problem.mask is not None
-        self.dtype = problem.dtype
+        self.sum_dtype = problem.dtype
+        self.dtype = problem.image.dtype if native else problem.dtype
+        self.split = self.dtype != problem.dtype
         self.image = _rows_contiguous(problem.image)
         self.text = _rows_contiguous(problem.text)
         self.mask = _rows_contiguous(problem.mask)
-        self.row_factor = _powers_of_two(self.image, self.dtype)
-        self.column_factor = _inverse_norms(self.text, self.dtype)
+        self.row_factor = _powers_of_two(self.image, problem.dtype)
+        self.column_factor = _inverse_norms(self.text, problem.dtype)
+        self.text_power: Tensor | None = None
+        if self.split:
+            self.text_power = _powers_of_two(self.text, problem.dtype)
+            self.column_factor *= self.text_power
 
-    @staticmethod
-    def panel_numbers(problem: Problem) -> int:
-        return 5 * problem.d
+    def panel_bytes(self, problem: Problem) -> int:
+        return (4 if self.split else 5) * problem.d * problem.dtype.itemsize
 
     def rows(self, panel: slice) -> Tensors:
         image = self.image[panel] * (1 / self.row_factor[panel, None])
-        return image, image.square()
+        if not self.split:
+            return image, image.square()
+        return image.to(self.dtype), *_high_and_low(image.square(), self.dtype)
 
     def columns(self, panel: slice) -> Tensors:
-        mask = self.mask[panel].to(self.dtype)
-        return self.text[panel] * mask, mask.square()
+        mask = self.mask[panel].to(self.sum_dtype)
+        masked_text, square = self._text(panel) * mask, mask.square()
+        if not self.split:
+            return masked_text, square
+        (text_high, text_low), (square_high, square_low) = (_high_and_low(x, self.dtype) for x in (masked_text, square))
+        inexact = torch.maximum(text_low.abs().amax(), square_low.abs().amax()).ne(0).to(torch.int32)
+        return text_high, square_high, text_low, square_low, inexact
 
     def row_sums(self, grads: list[Tensor], panel: slice, needs: Needs) -> list[Tensor]:
         if not needs.image:
             return []
-        first = _home(grads[0][panel], self.dtype)
+        first = _home(grads[0][panel], self.sum_dtype)
         return [first, torch.empty_like(first)]
 
     def column_sums(self, grads: list[Tensor], needs: Needs) -> list[Tensor]:
         """Sums live in the gradients of text and mask themselves; a locked text under a learned mask needs its own."""
         if not (needs.text or needs.mask):
             return []
-        first = _home(grads[1], self.dtype) if needs.text else torch.empty(self.text.shape, dtype=self.dtype)
-        return [first, _home(grads[2], self.dtype)] if needs.mask else [first]
+        first = (
+            _home(grads[1], self.sum_dtype)
+            if needs.text
+            else self.text.new_empty(self.text.shape, dtype=self.sum_dtype)
+        )
+        return [first, _home(grads[2], self.sum_dtype)] if needs.mask else [first]
 
-    def store_rows(self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor]) -> None:
+    def store_rows(
+        self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor], gain: Tensor | None
+    ) -> None:
         """grad_image = dP·(mask ⊙ text) + 2 image ⊙ (dQ·mask²), and the power of two undone."""
         if sums:
             total, square = sums
             total.addcmul_(rows[0], square, value=2).mul_(1 / self.row_factor[panel, None])
-            _settle(grads[0][panel], total)
+            _settle(grads[0][panel], _times(total, gain))
 
     def store_columns(
-        self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None
+        self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None, gain: Tensor | None
     ) -> None:
         """With A = dPᵀ·image, B = dQᵀ·image²: grad_text = A ⊙ mask − text/‖text‖² Σ_i dL/dsim_ij sim_ij,
         grad_mask = A ⊙ text + 2 mask ⊙ B."""
@@ -118,17 +143,23 @@ class MaskedCosine:
             return
         for start in range(0, len(self.text), _PANEL_ROWS):
             panel = slice(start, start + _PANEL_ROWS)
-            text, mask = self.text[panel].to(self.dtype), self.mask[panel].to(self.dtype)
-            product = sums[0][panel]
+            text, mask = self._text(panel), self.mask[panel].to(self.sum_dtype)
+            product = _times(sums[0][panel], gain)
             if needs.mask:
-                square = sums[1][panel]
+                square = _times(sums[1][panel], gain)
                 square.mul_(mask).mul_(2).addcmul_(product, text)
                 _settle(grads[2][panel], square)
             if needs.text:
                 assert score_gradient is not None  # the engine makes it where the text needs a gradient
-                norm = score_gradient[panel] * self.column_factor[panel].square()
+                norm = _times(score_gradient[panel] * self.column_factor[panel].square(), gain)
                 product.mul_(mask).addcmul_(text, norm[:, None], value=-1)
+                if self.text_power is not None:
+                    product.mul_(1 / self.text_power[panel, None])
                 _settle(grads[1][panel], product)
+
+    def _text(self, panel: slice) -> Tensor:
+        text = self.text[panel].to(self.sum_dtype)
+        return text if self.text_power is None else text * (1 / self.text_power[panel, None])
 
 
 Operands = Dot | MaskedCosine
@@ -143,9 +174,19 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def _high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x as the sum of two numbers of half precision: exact where x has no more digits than they have together."""
+    high = x.to(dtype)
+    return high, (x - high).to(dtype)
+
+
 def _home(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient itself where sums of that precision fit in, else a tensor of its own, rounded once at the end."""
     return grad if grad.dtype == dtype else torch.empty(grad.shape, dtype=dtype, device=grad.device)
+
+
+def _times(total: Tensor, gain: Tensor | None) -> Tensor:
+    return total if gain is None else total.mul_(gain)
 
 
 def _settle(grad: Tensor, total: Tensor) -> None:
@@ -153,9 +194,9 @@ def _settle(grad: Tensor, total: Tensor) -> None:
         grad.copy_(total)
 
 
-def _powers_of_two(image: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N,): 2^e with max|image_i| in [2^e, 2^(e+1)), within the normal numbers; 1 for a row of zeros."""
-    largest = torch.linalg.vector_norm(image, ord=torch.inf, dim=1).to(dtype)
+def _powers_of_two(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows,): 2^e with max|x_i| in [2^e, 2^(e+1)), within the normal numbers; 1 for a row of zeros."""
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1).to(dtype)
     _, exponent = torch.frexp(largest)
     limit = 126 if dtype == torch.float32 else 1022
     power = torch.ldexp(torch.ones_like(largest), (exponent - 1).clamp(-limit, limit))

@@ -68,6 +68,8 @@ class Backend(Protocol):
     """What ops.py calls. Gradients come in the order of `Needs`; those not needed are empty tensors."""
 
     name: str
+    rounds_scores: bool
+    """G is rounded to half precision, where the inputs are of it, before the gradients' products"""
 
     def unavailable(self) -> str:
         """Why it cannot run here and what would help, or ""."""

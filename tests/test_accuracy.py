@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from smartclip_kernels import reference, testing
+from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.testing import Inputs, check_loss, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -65,6 +65,8 @@ def test_many_tiles(
     set_workspace: Callable[[float], None],
 ) -> None:
     """The workspace decides how the scores are cut, and whether they are kept; never the result."""
+    if backend == "triton" and megabytes < 0.25:
+        pytest.skip("hundreds of tiles, of which Triton's interpreter takes tens of milliseconds each")
     set_workspace(megabytes)
     inputs = make_inputs(300, 277, 72, similarity=similarity, objective=objective, dtype=dtype, ids=True, bias=0.5)
     check_loss(replace(inputs, ignore_ids=(torch.arange(300) % 9, torch.arange(277) % 9)), reduction, backend=backend)
@@ -282,6 +284,8 @@ def test_empty_masks_and_zero_texts(backend: str, objective: str, dtype: torch.d
 @pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 2.0])
 def test_the_smallest_norms(backend: str, objective: str, factor: float) -> None:
     """‖image ⊙ mask‖ just under and just over 1e-6, ‖text‖ around 1e-12."""
+    if backend == "triton":
+        pytest.skip("float64 is for the CPU and reference backends")
     inputs = make_inputs(32, 32, 16, similarity="masked_cosine", objective=objective, dtype=torch.float64, bias=0.0)
     assert inputs.mask is not None
     norm = (inputs.image[:8] * inputs.mask[3]).norm(dim=1, keepdim=True)
@@ -419,7 +423,8 @@ def test_small_gradients_survive_half_precision(
     assert isinstance(small, torch.Tensor)
     (scaled,) = torch.autograd.grad(small * 2.0**10, leaf)
     true = testing.truth(replace(inputs, wanted=("image",)), "mean").values["grad_image"] / 0.7 * 2.0**10
-    testing.assert_accurate(scaled, torch.zeros_like(true), true, 1e-5 * true.abs().amax(1, keepdim=True))
+    rounded = testing.TOLERANCES[dtype].score_rounding if backends.load(backend).rounds_scores else 0
+    testing.assert_accurate(scaled, torch.zeros_like(true), true, (1e-5 + rounded) * true.abs().amax(1, keepdim=True))
 
 
 def test_gradients_accumulate_over_two_uses(backend: str) -> None:

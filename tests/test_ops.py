@@ -147,6 +147,8 @@ def test_make_fx(backend: str) -> None:
 
 
 def test_autocast_leaves_float64_alone(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("float64 is for the CPU and reference backends")
     image, text = (x.detach().double() for x in list(tensors(m=N).values())[:2])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert sk.clip_loss(image, text, 3.0, backend=backend).dtype == torch.float64

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from smartclip_kernels.engine import Batch, TiledBackend
+from smartclip_kernels.engine import Side, TiledBackend
 from smartclip_kernels.problem import Problem
+from smartclip_kernels.tiles import Method, Tile
 
 _VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor", "score_gradient")
 
 
+@cache
 def compiled() -> ModuleType:
     return importlib.import_module("smartclip_kernels._C")
 
@@ -21,20 +24,18 @@ def compiled() -> ModuleType:
 class CpuLaunch:
     """Addresses for smartclip_kernels._C; holds the tensors behind them."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        similarity: str,
-        row: Batch,
-        column: Batch,
-        parameter_gradient: Tensor | None,
-        swapped: bool,
-    ) -> None:
-        scale = problem.scale.to(problem.dtype)
-        bias = None if problem.bias is None else problem.bias.to(problem.dtype)
-        self._alive = (row, column, scale, bias, parameter_gradient)
+    def __init__(self, problem: Problem, similarity: str, row: Side, column: Side, swapped: bool = False) -> None:
+        dtype, empty = problem.dtype, problem.scale.new_empty
+        scale = problem.scale.to(dtype)
+        bias = None if problem.bias is None else problem.bias.to(dtype)
+        self._parameters: Tensor | None = None
+        if row.weight is not None:
+            row.anchor = empty(problem.traits.anchor, problem.n, dtype=dtype)
+            column.anchor = empty(problem.traits.anchor, problem.m if problem.traits.both_sides else 0, dtype=dtype)
+            self._parameters = empty(problem.n, 2, dtype=torch.float64)
+        self._alive = row, column, scale, bias
         self._swapped = swapped
-        launch = compiled().LaunchFloat64 if problem.dtype == torch.float64 else compiled().LaunchFloat32
+        launch = compiled().LaunchFloat64 if dtype == torch.float64 else compiled().LaunchFloat32
         self._launch = launch(
             similarity=similarity,
             objective=problem.objective,
@@ -43,12 +44,12 @@ class CpuLaunch:
             scale=scale.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
             label_smoothing=problem.label_smoothing,
-            parameter_gradient=0 if parameter_gradient is None else parameter_gradient.data_ptr(),
+            parameter_gradient=0 if self._parameters is None else self._parameters.data_ptr(),
             threads=torch.get_num_threads(),
         )
 
-    def statistics(self, rows: slice, columns: slice, accumulators: list[Tensor]) -> None:
-        self._launch.statistics(_box(rows, columns), *_matrices(accumulators))
+    def statistics(self, tile: Tile) -> None:
+        self._launch.statistics(_box(tile), *_matrices(tile.accumulators))
 
     def loss(self) -> None:
         self._launch.loss()
@@ -56,42 +57,42 @@ class CpuLaunch:
     def anchor(self) -> None:
         self._launch.anchor()
 
-    def gradient(
-        self, rows: slice, columns: slice, accumulators: list[Tensor], out: list[Tensor], statistics: bool
-    ) -> None:
-        self._launch.gradient(_box(rows, columns), *_matrices(accumulators), *_matrices(out), statistics)
+    def gain(self, grad_sim: Tensor) -> None:
+        return None
 
-    def similarity(self, rows: slice, columns: slice, accumulators: list[Tensor], out: Tensor) -> None:
-        self._launch.similarity(_box(rows, columns), *_matrices(accumulators), out.data_ptr(), out.stride(0))
+    def gradient(self, tile: Tile, out: list[Tensor], statistics: bool) -> None:
+        self._launch.gradient(_box(tile), *_matrices(tile.accumulators), *_matrices(out), statistics)
 
-    def derivative(
-        self, rows: slice, columns: slice, accumulators: list[Tensor], grad_sim: Tensor, out: list[Tensor]
-    ) -> None:
-        self._launch.derivative(_box(rows, columns), *_matrices(accumulators), grad_sim.data_ptr(), *_matrices(out))
+    def parameter_gradient(self) -> Tensor:
+        assert self._parameters is not None
+        return self._parameters.sum(0)
 
-    def topk(self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor) -> None:
-        self._search("topk", rows, columns, accumulators, values.data_ptr(), indices.data_ptr(), values.shape[1])
+    def similarity(self, tile: Tile, out: Tensor) -> None:
+        self._launch.similarity(_box(tile), *_matrices(tile.accumulators), out.data_ptr(), out.stride(0))
 
-    def best_positive(
-        self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor
-    ) -> None:
-        self._search("best_positive", rows, columns, accumulators, values.data_ptr(), indices.data_ptr())
+    def derivative(self, tile: Tile, grad_sim: Tensor, out: list[Tensor]) -> None:
+        self._launch.derivative(_box(tile), *_matrices(tile.accumulators), grad_sim.data_ptr(), *_matrices(out))
 
-    def rank(
-        self, rows: slice, columns: slice, accumulators: list[Tensor], values: Tensor, indices: Tensor, ranks: Tensor
-    ) -> None:
-        self._search("rank", rows, columns, accumulators, values.data_ptr(), indices.data_ptr(), ranks.data_ptr())
+    def topk(self, tile: Tile, values: Tensor, indices: Tensor) -> None:
+        self._search("topk", tile, values.data_ptr(), indices.data_ptr(), values.shape[1])
 
-    def _search(self, name: str, rows: slice, columns: slice, accumulators: list[Tensor], *arguments: int) -> None:
-        getattr(self._launch, name)(_box(rows, columns), *_matrices(accumulators), self._swapped, *arguments)
+    def best_positive(self, tile: Tile, values: Tensor, indices: Tensor) -> None:
+        self._search("best_positive", tile, values.data_ptr(), indices.data_ptr())
+
+    def rank(self, tile: Tile, values: Tensor, indices: Tensor, ranks: Tensor) -> None:
+        self._search("rank", tile, values.data_ptr(), indices.data_ptr(), ranks.data_ptr())
+
+    def _search(self, name: str, tile: Tile, *arguments: int) -> None:
+        getattr(self._launch, name)(_box(tile), *_matrices(tile.accumulators), self._swapped, *arguments)
 
 
-def _addresses(side: Batch) -> dict[str, int]:
+def _addresses(side: Side) -> dict[str, int]:
     vectors = ((name, getattr(side, name)) for name in _VECTORS)
     return {"size": side.size} | {name: x.data_ptr() for name, x in vectors if x is not None}
 
 
-def _box(rows: slice, columns: slice) -> tuple[int, int, int, int]:
+def _box(tile: Tile) -> tuple[int, int, int, int]:
+    rows, columns = tile.rows, tile.columns
     return rows.start, rows.stop - rows.start, columns.start, columns.stop - columns.start
 
 
@@ -99,9 +100,15 @@ def _matrices(tile: list[Tensor]) -> tuple[list[int], int]:
     return [x.data_ptr() for x in tile], tile[0].stride(0)
 
 
+# Matrix products of 1,024 × 2,048 and up reach 93 to 95 % of a large one's rate, of 256 × 512 only 80 %.
+METHOD = Method(
+    tiles=((2048, 4096), (2048, 2048), (1024, 2048), (1024, 1024), (512, 1024), (512, 512), (256, 512)), fused=False
+)
+
+
 class CpuBackend(TiledBackend):
     def __init__(self) -> None:
-        super().__init__("cpu", CpuLaunch)
+        super().__init__("cpu", METHOD, CpuLaunch)
 
     def unavailable(self) -> str:
         try:

@@ -1,0 +1,113 @@
+"""The walk over the scores: row panel by row panel, from the left to the right, in tiles that fit a workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from smartclip_kernels.operands import Operands
+from smartclip_kernels.problem import Problem, Tensors
+
+SMALLEST_TILES = ((256, 256), (128, 128), (64, 64), (32, 32), (16, 16))
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a backend takes its tiles."""
+
+    tiles: tuple[tuple[int, int], ...]
+    """rows and columns, the best first: the largest that fits the workspace is taken"""
+    fused: bool
+    """the kernels make the products, of operands in the inputs' precision; else torch does, widened, in buffers"""
+    score_bytes: float = 0.0
+    """what the kernels allocate themselves for every score of a tile"""
+    search_bytes: float = 0.0
+    """the same, in a search for the best scores"""
+
+
+class Tile(NamedTuple):
+    """A part of the scores: what its products are made of, and, unless the kernels make them, the products."""
+
+    rows: slice
+    columns: slice
+    row_operands: Tensors
+    column_operands: Tensors
+    accumulators: list[Tensor]
+
+
+class Tiles:
+    """A walk over the scores in tiles that fit a workspace, with their buffers."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        operands: Operands,
+        method: Method,
+        workspace: int,
+        *,
+        buffers: int,
+        score_bytes: float = 0.0,
+        swapped: bool = False,
+    ) -> None:
+        self.problem, self.operands, self.method, self.swapped = problem, operands, method, swapped
+        self.count = buffers
+        self.sizes = (problem.m, problem.n) if swapped else (problem.n, problem.m)
+        score_bytes += method.score_bytes + buffers * operands.dtype.itemsize
+        self.shape = tile_shape(method, self.sizes, score_bytes, operands.panel_bytes(problem), workspace)
+
+    @cached_property
+    def buffers(self) -> Tensor:
+        """Tiles in the precision of the operands; not made where nobody asks for one."""
+        return self.problem.image.new_empty(self.count, self.shape[0] * self.shape[1], dtype=self.operands.dtype)
+
+    def row_panels(self) -> Iterator[tuple[slice, Tensors]]:
+        make = self.operands.columns if self.swapped else self.operands.rows
+        for start in range(0, self.sizes[0], self.shape[0]):
+            panel = slice(start, min(start + self.shape[0], self.sizes[0]))
+            yield panel, make(panel)
+
+    def column_panels(self) -> Iterator[tuple[slice, Tensors]]:
+        make = self.operands.rows if self.swapped else self.operands.columns
+        for start in range(0, self.sizes[1], self.shape[1]):
+            panel = slice(start, min(start + self.shape[1], self.sizes[1]))
+            yield panel, make(panel)
+
+    def buffer(self, k: int, rows: slice, columns: slice) -> Tensor:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return self.buffers[k, : shape[0] * shape[1]].view(shape)
+
+    def outputs(self, rows: slice, columns: slice) -> list[Tensor]:
+        """A buffer for each accumulator."""
+        return [self.buffer(k, rows, columns) for k in range(self.operands.accumulators)]
+
+    def tile(self, rows: tuple[slice, Tensors], columns: tuple[slice, Tensors], out: list[Tensor]) -> Tile:
+        """With its products made in `out`, unless the kernels make them."""
+        if self.method.fused:
+            return Tile(rows[0], columns[0], rows[1], columns[1], [])
+        for row, column, accumulator in zip(rows[1], columns[1], out, strict=True):
+            torch.mm(row, column.T, out=accumulator)
+        return Tile(rows[0], columns[0], rows[1], columns[1], out)
+
+    def scores(self, kept: Tensor | None = None) -> Iterator[Tile]:
+        """Every tile; its products are among those kept, else in the buffers."""
+        for rows in self.row_panels():
+            for columns in self.column_panels():
+                box = rows[0], columns[0]
+                out = [] if self.method.fused else self.outputs(*box) if kept is None else [x[box] for x in kept]
+                yield self.tile(rows, columns, out)
+
+
+def tile_shape(
+    method: Method, sizes: tuple[int, int], score_bytes: float, panel_bytes: int, workspace: int
+) -> tuple[int, int]:
+    """The first of the method's tiles that fits with the panels of its operands; the smallest where none does."""
+    for rows, columns in method.tiles + SMALLEST_TILES:
+        rows, columns = min(rows, sizes[0]), min(columns, sizes[1])
+        if score_bytes * rows * columns + panel_bytes * (rows + columns) <= workspace:
+            break
+    return rows, columns
