@@ -9,13 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from smartclip_kernels.backends.triton import backward, config, forward, retrieval
+from smartclip_kernels.backends.triton import backward, config, forward, interpreted, retrieval
 from smartclip_kernels.engine import Side
 from smartclip_kernels.problem import Problem
 from smartclip_kernels.tiles import Tile
 
-INTERPRETED = not hasattr(forward.statistics, "warmup") or triton.knobs.runtime.interpret
-
+INTERPRETED = interpreted()
 ANCHORS, PARTIALS = 64, 16  # a program of `gather` merges that many partial states of that many anchors at a time
 ROOM = {torch.float16: 64.0}
 """What the largest weight of a gradient becomes: float16 is precise from 2⁻¹⁴ up only, and ends at 2¹⁶."""
