@@ -25,6 +25,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", BACKENDS)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter is slow, and float16 takes bfloat16's way: outside of the grid it is for `make test-all`."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        half = torch.float16 in parameters.values() and not item.name.startswith("test_grid")
+        if parameters.get("backend") == "triton" and half:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def only_dtypes_that_there_are(request: pytest.FixtureRequest) -> None:
     callspec = getattr(request.node, "callspec", None)

@@ -18,6 +18,12 @@ N, M, D = 9, 7, 16
 EVERY = [True] * 5
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """Dynamo's limit of recompilations is for a process, and every backend compiles the same functions."""
+    torch.compiler.reset()
+
+
 def tensors(*, n: int = N, m: int = M, grad: bool = True) -> dict[str, Tensor]:
     """All differentiable inputs of a masked loss, leaves if `grad`."""
     inputs = testing.make_inputs(n, m, D, similarity="masked_cosine", mask="soft", bias=-1.0, ids=False)
