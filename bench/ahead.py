@@ -76,7 +76,7 @@ KERNELS = {
     "unit_of": backward.unit_of,
     "scores": retrieval.scores,
 }
-SIZES_OF = {"statistics": "statistics", "gradient": "gradient", "derivative": "gradient", "scores": "statistics"}
+SIZES_OF = {"statistics": "statistics", "gradient": "gradient", "derivative": "gradient", "scores": "scores"}
 
 
 def variants(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:

@@ -14,8 +14,8 @@ import torch
 
 TABLES = Path(__file__).parent / "tables.json"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "default", "interpreter")
-KERNELS = ("statistics", "gradient")
-"""Searches and given derivatives take the sizes of statistics and gradient."""
+KERNELS = ("statistics", "gradient", "scores")
+"""A given derivative takes the sizes of gradient."""
 
 
 class Config(NamedTuple):

@@ -199,7 +199,7 @@ class TritonLaunch:
             ranks[tile.rows] = torch.where(best >> 32 == 0x7FFFFFFF, candidates, ranks[tile.rows])
 
     def _per_anchor(self, what: str, tile: Tile, dtype: torch.dtype, best: Tensor | None = None) -> Tensor:
-        sizes = self._config["statistics"]
+        sizes = self._config["scores"]
         block = sizes.block_n if self._swapped else sizes.block_m
         blocks, anchors = triton.cdiv(_size(tile.columns), block), _size(tile.rows)
         out = torch.empty(blocks, anchors, dtype=dtype, device=self._scale.device)
@@ -212,7 +212,7 @@ class TritonLaunch:
         self._tile_kernel(
             retrieval.scores,
             tile,
-            "statistics",
+            "scores",
             row_id,
             column_id,
             *self._factors(tile),
