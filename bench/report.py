@@ -30,6 +30,8 @@ FLOOR_NOTE = (
     "Floor: the matrix products alone, at the rate of torch's own 2048³ product in the same rounds, a softmax's scores "
     "computed twice. Who keeps the N×M scores needs 6NMD for 8NMD (12 for 16) and can pass 100 %."
 )
+README_LEAVES_OUT = (8, 256, 1024, 4096)
+"""Sizes that are in the results' own files only."""
 README_MARKERS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 
 
@@ -207,7 +209,7 @@ def write_all(directory: Path, rows: list[Row], verdicts: list[Verdict], about: 
 
 
 def readme_table(about: dict[str, Any], rows: list[Row], verdicts: list[Verdict]) -> str:
-    """Markdown: the machine, a table of sizes against subjects, and the bars."""
+    """Markdown: the machine, a table of sizes against subjects, and the bars. All sizes are in the results."""
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
     lines = [
         f"Measured on {about['device']}, {about['threads']} threads, Python {about['python']}, {versions}; "
@@ -218,6 +220,8 @@ def readme_table(about: dict[str, Any], rows: list[Row], verdicts: list[Verdict]
         "|---|--:|---|--:|--:|--:|--:|",
     ]
     for row in rows:
+        if row.n in README_LEAVES_OUT:
+            continue
         time = cell(row.total_ms, ".1f" if row.total_ms and row.total_ms.median >= 10 else ".3f", spread=False)
         floor = f"{cell(row.floor_percent, '.0f', spread=False)} ({row.floor_name})" if row.floor_percent else ""
         time = time or ("" if row.status == "ok" else row.status.split(":")[0])
