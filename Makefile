@@ -2,9 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell find csrc bindings -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc bindings tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # A missing compiler is an error here, not a slow run; SMARTCLIP_BUILD=0 asks for the backends in Python only.
 export SMARTCLIP_BUILD ?= 1
+# One architecture shows that the CUDA kernels compile; an installation builds for all of CMakeLists.txt's.
+export CUDA_ARCHS ?= 80
+
+# Two processes with a thread each: most tests are too small for two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 .NOTPARALLEL:
 .PHONY: train compare test test-all bench lint format requirements clean
@@ -16,10 +21,10 @@ compare: $(VENV)/requirements-train.stamp $(VENV)/build.stamp
 	$(BIN)/python -m smartclip_kernels.train.compare
 
 test: $(VENV)/requirements-dev.stamp $(VENV)/build.stamp
-	$(BIN)/python -m pytest tests -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/requirements-dev.stamp $(VENV)/build.stamp
-	$(BIN)/python -m pytest tests -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 bench: $(VENV)/requirements-dev.stamp $(VENV)/build.stamp
 	$(BIN)/python -m bench cpu

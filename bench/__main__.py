@@ -1,73 +1,164 @@
-"""``python -m bench``: measure; ``python -m bench readme RESULTS.json``: put a result's table into the README;
-``python -m bench report``: what the Triton kernels take of each GPU, compiled here."""
+"""``python -m bench``: measure on the CPU; ``gpu``: on a GPU; ``tune``: find the best sizes of Triton's blocks on it;
+``report``: what kernels take of each GPU, without one; ``readme RESULTS.json``: a table into the README."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from bench import measure, report
-from bench.cases import CPU_BARS, cpu_cases, quick_cases
-from bench.peers import OURS
+from bench import cuda_ahead, measure, readme, report, worker
+from bench.cases import CPU_BARS, LOSS_NAMES, Bar, Case, cpu_cases, quick_cases
+from bench.gpu_cases import GPU_BARS, gpu_cases, gpu_quick_cases
+from bench.peers import OURS, REPLAYED
+from bench.rows import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+CPU_EFFORT, CPU_QUICK = measure.Effort(), measure.Effort(product=256, seconds=0)
+GPU_EFFORT, GPU_QUICK = measure.Effort(product=8192, seconds=3), measure.Effort(product=256, seconds=0)
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = main.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="measure the CPU backend against its peers (the default)")
-    cpu.add_argument("--quick", action="store_true", help="a smoke test of a few small cases; no figure to quote")
-    cpu.add_argument("--only", metavar="LOSS", nargs="+", help="of: clip, siglip, smartclip, smartclip-sigmoid")
-    cpu.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
+    gpu = commands.add_parser("gpu", help="measure the backends of a GPU against their peers")
+    for measuring in (cpu, gpu):
+        measuring.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
+        measuring.add_argument("--only", nargs="+", choices=tuple(LOSS_NAMES.values()), help="these losses alone")
+        measuring.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
+        measuring.add_argument(
+            "--out",
+            type=Path,
+            nargs="?",
+            const=RESULTS,
+            default=ROOT / "build" / "bench",
+            help=f"write to OUT/<device>/; without a value {RESULTS.relative_to(ROOT)}, without the option build/bench",
+        )
     cpu.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
-    cpu.add_argument(
-        "--out",
-        type=Path,
-        nargs="?",
-        const=RESULTS,
-        default=ROOT / "build" / "bench",
-        help=f"write to OUT/<device>/; without a value {RESULTS.relative_to(ROOT)}, without the option build/bench",
-    )
-    readme = commands.add_parser("readme", help="write a result's table between the README's markers")
-    readme.add_argument("results", type=Path, metavar="RESULTS.json")
-    readme.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    ahead = commands.add_parser("report", help="compile Triton's kernels for every architecture")
+    gpu.add_argument("--seconds", type=float, default=270, help="no case begins later (default: 270)")
+    gpu.add_argument("--backend", nargs="+", metavar="NAME", help="default: those that run on the device")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test of this command itself")
+    gpu.add_argument("--bars", nargs="+", choices=GPU_BARS, help="default: those of the backends")
+    table = commands.add_parser("readme", help="write a result's table between the README's markers")
+    table.add_argument("results", type=Path, metavar="RESULTS.json")
+    table.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    ahead = commands.add_parser("report", help="what kernels take of a GPU, without one")
+    ahead.add_argument("--cuda", action="store_true", help="the CUDA kernels in the installed module, not Triton's")
     ahead.add_argument("--out", type=Path, metavar="REPORT.md", help="default: the terminal")
     ahead.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 alone")
+    tune = commands.add_parser("tune", help="measure sizes of Triton's blocks on this GPU, rewrite their table")
+    tune.add_argument("--arch", metavar="sm_NN", help="whose sizes are rewritten; default: this GPU's")
+    tune.add_argument("--seconds", type=float, default=200, help="no kernel is begun later (default: 200)")
+    tune.add_argument("--out", type=Path, metavar="TABLES.json", help="default: the backend's own tables.json")
     return main
+
+
+def chosen(cases: list[Case], arguments: argparse.Namespace) -> list[Case]:
+    cases = [case for case in cases if not arguments.only or case.loss in arguments.only]
+    return [case for case in cases if not arguments.max_n or case.n <= arguments.max_n]
+
+
+def console_of() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200, log_path=False)
+
+
+def log_rows(rows: list[Row], console: Console) -> None:
+    for row in rows:
+        console.log("  " + "  ".join(cell for cell in report.cells(row)[1:] if cell), highlight=False, markup=False)
+
+
+def finish(rows: list[Row], bars: list[Bar], about: dict[str, Any], directory: Path, console: Console) -> int:
+    """Writes and prints everything; 1 if ours failed anywhere."""
+    verdicts = report.judge(bars, rows)
+    report.write_all(directory, rows, verdicts, about)
+    report.print_table(rows, about, console)
+    for verdict in verdicts:
+        console.print(str(verdict), highlight=False, style="red" if verdict.met is False else "")
+    try:
+        from bench.plots import plot
+    except ImportError as error:
+        console.print(f"no plots: {error}", style="red")
+    else:
+        plot(directory, rows, about)
+    console.print(f"written: {', '.join(sorted(path.name for path in directory.iterdir()))} in {directory}")
+    failed = [row for row in rows if row.subject in (OURS, REPLAYED) and row.status not in ("ok", worker.NO_TIME)]
+    for row in failed:
+        console.print(f"{row.subject} at {row.loss} N={row.n}: {row.status}", style="red", markup=False)
+    return 1 if failed else 0
 
 
 def run_cpu(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    console = Console(width=None if sys.stdout.isatty() else 200, log_path=False)
+    console = console_of()
     about = report.environment()
     console.print(f"{about['device']}, {about['threads']} threads, load {about['load_average']:.2f}")
-    cases = quick_cases() if arguments.quick else cpu_cases()
-    cases = [case for case in cases if not arguments.only or case.loss in arguments.only]
-    cases = [case for case in cases if not arguments.max_n or case.n <= arguments.max_n]
-    effort = measure.Effort(product=256, seconds=0) if arguments.quick else measure.Effort()
-    rows = []
-    for row in measure.run_cases(cases, console.log, effort):
+    cases = chosen(quick_cases() if arguments.quick else cpu_cases(), arguments)
+    rows: list[Row] = []
+    for row in measure.run_cases(cases, console.log, CPU_QUICK if arguments.quick else CPU_EFFORT):
         rows.append(row)
-        console.log("  " + "  ".join(cell for cell in report.cells(row)[1:] if cell), highlight=False, markup=False)
-    verdicts = [] if arguments.quick else report.judge(CPU_BARS, rows)
+        log_rows([row], console)
     directory = arguments.out / report.slug(about["device"])
-    report.write_all(directory, rows, verdicts, about)
-    report.print_table(rows, console)
-    for verdict in verdicts:
-        console.print(str(verdict), highlight=False, style="red" if verdict.met is False else "")
-    console.print(f"written: {directory}/results.csv, results.json, time.png, memory.png")
-    failed = [row for row in rows if row.subject == OURS and row.status != "ok"]
-    for row in failed:
-        console.print(f"ours at {row.loss} N={row.n}: {row.status}", style="red", markup=False)
-    return 1 if failed else 0
+    return finish(rows, [] if arguments.quick else CPU_BARS, about, directory, console)
+
+
+def gpu_backends(device: str) -> list[str]:
+    """Those that run there, the preferred one first."""
+    from smartclip_kernels import backends
+
+    names = backends.available_backends()
+    return [name for name in names if name != "reference" and backends.load(name).runs_on(device)]
+
+
+def run_gpu(arguments: argparse.Namespace) -> int:
+    deadline = monotonic() + arguments.seconds
+    console = console_of()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        console.print("python -m bench gpu: torch sees no GPU here", style="red")
+        return 2
+    found = gpu_backends(arguments.device)
+    backends = arguments.backend or found
+    if not backends:
+        console.print(
+            f"no backend runs on {arguments.device!r} here: see python -m smartclip_kernels.info", style="red"
+        )
+        return 2
+    if missing := [name for name in backends if name not in found]:
+        console.print(
+            f"{', '.join(missing)}: not among those that run on {arguments.device!r} here ({', '.join(found)}): see "
+            "python -m smartclip_kernels.info",
+            style="red",
+        )
+        return 2
+    effort = GPU_QUICK if arguments.quick else GPU_EFFORT
+    about = report.gpu_environment(effort.product) if arguments.device == "cuda" else report.environment()
+    console.print(f"{about['device']}, {about.get('driver', 'no driver')}, backends: {', '.join(backends)}")
+    cases = gpu_quick_cases(backends, arguments.device) if arguments.quick else gpu_cases(backends)
+    cases = chosen(cases, arguments)
+    bars = [bar for name in arguments.bars or backends for bar in GPU_BARS.get(name, [])]
+    bars = [] if arguments.quick else bars
+    directory = arguments.out / report.slug(about["device"])
+    rows: list[Row] = []
+
+    def start(todo: list[Case]) -> worker.Worker:
+        return worker.Process(worker.Job(todo, arguments.device, effort, deadline))
+
+    for of_case in worker.run_cases(cases, start, deadline, console.log):
+        rows += of_case
+        log_rows(of_case, console)
+        report.write_all(directory, rows, report.judge(bars, rows), about)  # what is cut off keeps what it has
+    losses = list(LOSS_NAMES.values())
+    rows.sort(
+        key=lambda row: (losses.index(row.loss), row.dtype, row.d, row.n, backends.index(row.backend or backends[0]))
+    )
+    return finish(rows, bars, about, directory, console)
 
 
 def main(argv: list[str]) -> int:
@@ -75,13 +166,19 @@ def main(argv: list[str]) -> int:
     takes_default = not asked_for_help and (not argv or argv[0].startswith("-"))
     arguments = parser().parse_args(["cpu", *argv] if takes_default else argv)
     if arguments.command == "readme":
-        report.update_readme(arguments.readme, arguments.results)
+        readme.update(arguments.readme, arguments.results)
         return 0
     if arguments.command == "report":
+        if arguments.cuda:
+            return cuda_ahead.main(arguments.out)
         from bench import ahead  # needs triton
 
         return ahead.main(arguments.out, arguments.quick)
-    return run_cpu(arguments)
+    if arguments.command == "tune":
+        from bench import tune  # needs triton
+
+        return tune.main(arguments.arch, arguments.seconds, arguments.out)
+    return run_gpu(arguments) if arguments.command == "gpu" else run_cpu(arguments)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def compile_variant(variant: Variant, architecture: str, sizes: config.Config | 
         signature[name] = types[name]
         if isinstance(types[name], tuple):
             attributes |= {(at, k): [["tt.divisibility", 16]] for k in range(len(types[name]))}
-        elif types[name].startswith("*") or name in ("d", "row_stride", "column_stride"):
+        elif types[name].startswith("*") or name in ("d", "row_stride", "column_stride", "out_stride"):
             attributes[(at,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in signature}
     options = {"num_warps": 4} if sizes is None else {"num_warps": sizes.warps, "num_stages": sizes.stages}
@@ -136,12 +136,10 @@ def _types(variant: Variant) -> dict[str, Any]:
     masked, split = variant.similarity != "dot", variant.similarity != "dot" and variant.half
     rows = (x,) * (3 if split else 2 if masked else 1)
     columns = (x, x, x, x, "*i32") if split else (x,) * (2 if masked else 1)
-    integers = (
-        "row_stride column_stride n m d row_start column_start row_size column_size blocks count start size first"
-    )
+    integers = "row_stride column_stride out_stride n m d row_start column_start row_size column_size"
     numbers = "row_factor column_factor scale bias row_partials column_partials partials into losses statistics"
     more = "weight unit row_anchor column_anchor column_scores grad_sim x y"
-    types: dict[str, Any] = dict.fromkeys(integers.split(), "i32")
+    types: dict[str, Any] = dict.fromkeys(f"{integers} blocks count start size first".split(), "i32")
     types |= dict.fromkeys(f"{numbers} {more}".split(), "*fp32")
     types |= dict.fromkeys(["row_id", "column_id", "row_ignore", "column_ignore"], "*i32")
     types |= dict.fromkeys(("size", "first", "out_stride_n", "out_stride_m", "x_size", "y_size"), "i32")

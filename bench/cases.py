@@ -17,6 +17,7 @@ FLOOR_NMD = {
     ("masked_cosine", "softmax"): 16,
     ("masked_cosine", "sigmoid"): 12,
 }
+FORWARD_NMD = {"dot": 2, "masked_cosine": 4}
 LOSS_NAMES = {
     ("dot", "softmax"): "clip",
     ("dot", "sigmoid"): "siglip",
@@ -38,6 +39,8 @@ class Case:
     d: int = 512
     dtype: str = "float32"
     backend: str = "cpu"
+    device: str = "cpu"
+    overhead: bool = False  # the time of the caller is measured, not the device's: what launching alone takes
     timed: bool = True
     memory: bool = False  # peak memory is measured: ours, and that of
     memory_of: tuple[str, ...] = ()  # these peers
@@ -55,6 +58,10 @@ class Case:
     def floor_operations(self) -> float:
         """Of forward + backward, with the scores computed twice where the objective needs statistics."""
         return float(FLOOR_NMD[self.similarity, self.objective]) * self.n * self.n * self.d
+
+    @property
+    def forward_operations(self) -> float:
+        return float(FORWARD_NMD[self.similarity]) * self.n * self.n * self.d
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -95,30 +102,36 @@ class Inputs:
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     """Unit rows, texts correlated with their images, hard masks of about half the dimensions."""
-    generator = torch.Generator().manual_seed(seed)
-    image = F.normalize(torch.randn(case.n, case.d, generator=generator), dim=1)
-    noise = F.normalize(torch.randn(case.n, case.d, generator=generator), dim=1)
+    device = torch.device(case.device)
+    generator = torch.Generator(device).manual_seed(seed)
+    image = F.normalize(torch.randn(case.n, case.d, generator=generator, device=device), dim=1)
+    noise = F.normalize(torch.randn(case.n, case.d, generator=generator, device=device), dim=1)
     text = F.normalize(POSITIVE_COSINE * image + (1 - POSITIVE_COSINE**2) ** 0.5 * noise, dim=1)
     mask = None
     if case.similarity == "masked_cosine":
-        mask = (torch.rand(case.n, case.d, generator=generator) < 0.5).to(case.torch_dtype).requires_grad_()
+        chance = torch.rand(case.n, case.d, generator=generator, device=device)
+        mask = (chance < 0.5).to(case.torch_dtype).requires_grad_()
     return Inputs(
         image=image.to(case.torch_dtype).requires_grad_(),
         text=text.to(case.torch_dtype).requires_grad_(),
         mask=mask,
-        scale=torch.tensor(case.scale, requires_grad=True),
-        bias=None if case.bias is None else torch.tensor(case.bias, requires_grad=True),
+        scale=torch.tensor(case.scale, device=device, requires_grad=True),
+        bias=None if case.bias is None else torch.tensor(case.bias, device=device, requires_grad=True),
     )
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure to reach: `what` is a peer (how many times as fast), "floor" (a fraction), or "memory" (MiB at most)."""
+    """A figure to reach: `what` is a peer (how many times as fast), "floor" or "forward floor" (a fraction), "memory"
+    (MiB at most), or "runs" (1: it does)."""
 
     loss: str
     n: int
     what: str
     value: float
+    d: int = 512
+    dtype: str = "float32"
+    backend: str = "cpu"
 
 
 _EAGER = ("eager", "open_clip")

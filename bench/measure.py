@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 
-from bench import memory, verify
+from bench import memory, truth, verify
 from bench.cases import Case, Inputs, make_inputs
-from bench.peers import OURS, SUBJECTS, LossFn
-from bench.verify import Truth
+from bench.devices import Device, Host
+from bench.peers import OURS, REPLAYED, SUBJECTS, LossFn, Replay
+from bench.rows import Figure, Row
+from bench.timing import DiffersError, attempt, interleave, product_rate
+from bench.truth import Truth
 
-ROUND_SECONDS = 0.02
-"""A subject is called for about this long in every round: one call of a small batch is too short to time."""
-MIN_ROUNDS, MAX_ROUNDS = 3, 20
+PROBE_N = 4096
+TRUTH = "the truth"
+"""Who is about to run, where it is no subject."""
 
 Log = Callable[[str], None]
-Refuse = Callable[[str], None]
+Measured = dict[tuple[str, int, str, str], dict[int, int]]
+"""Of a loss, D, dtype and subject: extra bytes by N."""
 
 
 @dataclass(frozen=True)
@@ -27,198 +30,156 @@ class Effort:
     """How hard to measure."""
 
     product: int = 2048  # rows, columns and depth of the matrix product that gives the platform's rate
-    seconds: float = 20.0  # a case goes on for more than MIN_ROUNDS while this lasts, up to MAX_ROUNDS
+    seconds: float = 20.0  # for more than the fewest rounds of a case
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Median over the rounds, and the quartiles as its spread."""
+class Session:
+    """Where it is measured and how hard, and who hears of it."""
 
-    median: float
-    low: float
-    high: float
+    device: Device
+    effort: Effort
+    log: Log
+    at: Log = lambda subject: None  # who is about to run
+    measured: Measured = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, values: list[float]) -> Figure:
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        return cls(median, low, high)
+    def history(self, case: Case, subject: str) -> dict[int, int]:
+        return self.measured.setdefault((case.loss, case.d, case.dtype, subject), {})
 
-
-@dataclass
-class Row:
-    """What came out for one subject at one case. Figures are absent where it did not run: `status` says why."""
-
-    loss: str
-    similarity: str
-    objective: str
-    n: int
-    d: int
-    dtype: str
-    subject: str
-    backend: str  # of ours; a peer has none
-    status: str = "ok"
-    rounds: int = 0
-    floor_name: str = ""
-    forward_ms: Figure | None = None  # with the graph recorded; a sigmoid's gradients may be formed here already
-    total_ms: Figure | None = None  # forward + backward
-    product_gflops: Figure | None = None  # the platform's, in the same rounds
-    floor_percent: Figure | None = None
-    times_ours: Figure | None = None  # this subject's time over ours, within each round
-    extra_mib: float | None = None  # peak beyond inputs and gradients
-    predicted_mib: float | None = None  # where refused
-
-    @classmethod
-    def of(cls, case: Case, subject: str) -> Row:
-        backend = case.backend if subject == OURS else ""
-        return cls(
-            case.loss, case.similarity, case.objective, case.n, case.d, case.dtype, subject, backend,
-            floor_name=case.floor_name,
-        )  # fmt: skip
+    def refuse(self, case: Case, row: Row) -> None:
+        """Raises:
+        MemoryRefusedError: a peer that holds N×M would take more than there is, by what it took at a smaller size.
+        """
+        if row.subject == OURS or SUBJECTS[row.subject].linear:
+            return
+        measured = self.history(case, row.subject)
+        try:
+            memory.refuse_if_too_large(case, measured, self.device.free_bytes())
+        except memory.MemoryRefusedError:
+            predicted = memory.predicted_bytes(case, measured)
+            row.predicted_mib = None if predicted is None else predicted / 2**20
+            raise
 
 
-@dataclass
-class Samples:
-    """Seconds per call, one entry a round."""
-
-    forward: list[float] = field(default_factory=list)
-    total: list[float] = field(default_factory=list)
-
-
-def time_calls(loss: LossFn, inputs: Inputs, calls: int) -> tuple[float, float]:
-    """Seconds per call of the forward pass, and of forward + backward."""
-    leaves, forward, total = inputs.leaves(), 0.0, 0.0
-    for _ in range(calls):
-        start = perf_counter()
-        value = loss(inputs)
-        middle = perf_counter()
-        gradients = torch.autograd.grad(value, leaves)
-        end = perf_counter()
-        forward += middle - start
-        total += end - start
-        del value, gradients  # freed outside the timed span, and before the next subject needs the memory
-    return forward / calls, total / calls
-
-
-def product_rate(dtype: torch.dtype, size: int) -> Callable[[], float]:
-    """A function that times the platform's own large matrix product: operations per second."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-
-    def rate() -> float:
-        start = perf_counter()
-        a @ b
-        return 2 * size**3 / (perf_counter() - start)
-
-    rate()
-    return rate
-
-
-def interleave(
-    losses: dict[str, LossFn], inputs: Inputs, product: Callable[[], float], seconds: float
-) -> tuple[dict[str, Samples], list[float]]:
-    """A B C product, A B C product, …: whatever the machine does meanwhile, it does to all."""
-    first = {name: time_calls(loss, inputs, 1)[1] for name, loss in losses.items()} if len(inputs.image) <= 4096 else {}
-    calls = {name: max(1, int(ROUND_SECONDS / first[name])) if name in first else 1 for name in losses}
-    samples: dict[str, Samples] = {name: Samples() for name in losses}
-    rates: list[float] = []
-    start = perf_counter()
-    while len(rates) < MIN_ROUNDS or (len(rates) < MAX_ROUNDS and perf_counter() - start < seconds):
-        for name, loss in losses.items():
-            forward, total = time_calls(loss, inputs, calls[name])
-            samples[name].forward.append(forward)
-            samples[name].total.append(total)
-        rates.append(product())
-    return samples, rates
-
-
-def prepare(case: Case, name: str, inputs: Inputs, true: Truth) -> LossFn:
+def prepare(case: Case, name: str, inputs: Inputs, true: Truth) -> tuple[LossFn | Replay, str, str]:
     """Build a subject and verify it, which also warms it up.
 
+    Returns:
+        The loss, its row's status and its row's note. Ours is timed, and its row says so, where it computes the loss
+        less accurately than it has to.
+
     Raises:
-        AssertionError: it computes something else.
+        DiffersError: it computes something else.
         Exception: whatever it fails of.
     """
-    loss = SUBJECTS[name].build(case)
-    verify.check(*verify.run(loss, inputs), true, inputs, slack=1.0 if name == OURS else verify.PEER_SLACK)
-    return loss
+    subject = SUBJECTS[name]
+    loss = subject.build(case)
+    value, gradients = verify.run(loss, inputs)
+    status, notes = "ok", [true.note]
+    try:
+        if name in (OURS, REPLAYED):
+            inaccurate = verify.check_own(value, gradients, true, inputs)
+            status = f"inaccurate: {inaccurate}" if inaccurate else "ok"
+        else:
+            notes.append(verify.check_peer(value, gradients, true, inputs, subject.lacks))
+    except AssertionError as error:
+        raise DiffersError(error) from error
+    notes += [f"no gradient of {name}" for name in subject.lacks if name in inputs.named()]
+    if case.overhead:
+        notes.append("time of the caller, not of the device")
+    return loss, status, "; ".join(filter(None, notes))
 
 
-def why_not(error: Exception) -> str:
-    """In a row's status: why a subject was not timed."""
-    message = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, memory.MemoryRefusedError):
-        return message
-    if isinstance(error, ImportError):
-        return f"not installed: {message}"
-    if isinstance(error, AssertionError):
-        return f"not timed, differs from the truth: {message}"
-    return f"failed: {type(error).__name__}: {message}"
-
-
-def time_case(case: Case, rows: dict[str, Row], refuse: Refuse, effort: Effort) -> None:
+@lru_cache(maxsize=1)
+def inputs_and_truth(case: Case) -> tuple[Inputs, Truth]:
+    """Of a case without its subjects: backends that are measured one after the other have them in common."""
     inputs = make_inputs(case)
-    true = verify.truth(case, inputs)
+    return inputs, truth.truth(case, inputs)
+
+
+def time_case(case: Case, rows: dict[str, Row], session: Session) -> None:
+    session.at(TRUTH)
+    inputs, true = inputs_and_truth(replace(case, backend="", peers=(), memory_of=(), left_out=(), overhead=False))
     torch.compiler.reset()  # dynamo's limit of recompilations is for a process
-    ready: dict[str, LossFn] = {}
+    device = Host() if case.overhead else session.device
+    ready: dict[str, LossFn | Replay] = {}
 
     def enter(name: str) -> None:
-        try:
-            refuse(name)
-            ready[name] = prepare(case, name, inputs, true)
-        except Exception as error:  # whatever a peer fails of is its result
-            rows[name].status = why_not(error)
+        session.at(name)
+        probe(case, name, session)
+        session.refuse(case, rows[name])
+        loss, status, rows[name].note = prepare(case, name, inputs, true)
+        if status != "ok":  # what its memory's measurement failed of stays
+            rows[name].status = status
+        extra = None if isinstance(loss, Replay) else device.extra_bytes(lambda: verify.run(loss, inputs))
+        if extra is not None:
+            session.history(case, name)[case.n] = extra
+            rows[name].extra_mib = extra / 2**20
+        ready[name] = loss
 
     for name in rows:
-        enter(name)
+        if reason := attempt(enter, name, session.device):
+            rows[name].status = reason
     if not ready:
         return
-    samples, rates = interleave(ready, inputs, product_rate(case.torch_dtype, effort.product), effort.seconds)
+    product = product_rate(case, session.effort.product, session.device)
+    samples, rates, failed = interleave(ready, inputs, product, session.effort.seconds, device, session.at)
+    for name, reason in failed.items():
+        rows[name].status = reason
     for name, sample in samples.items():
         row = rows[name]
         row.rounds = len(rates)
-        row.forward_ms = Figure.of([1e3 * t for t in sample.forward])
+        if any(sample.forward):
+            row.forward_ms = Figure.of([1e3 * t for t in sample.forward])
         row.total_ms = Figure.of([1e3 * t for t in sample.total])
-        row.product_gflops = Figure.of([rate / 1e9 for rate in rates])
-        floors = [case.floor_operations / rate for rate in rates]
-        row.floor_percent = Figure.of([100 * floor / t for floor, t in zip(floors, sample.total, strict=True)])
+        if not case.overhead:
+            row.product_gflops = Figure.of([rate / 1e9 for rate in rates])
+            floors = [case.floor_operations / rate for rate in rates]
+            row.floor_percent = Figure.of([100 * floor / t for floor, t in zip(floors, sample.total, strict=True)])
         if OURS in samples:
             pairs = zip(sample.total, samples[OURS].total, strict=True)
             row.times_ours = Figure.of([theirs / own for theirs, own in pairs])
 
 
-def measure_memory(case: Case, row: Row, measured: dict[int, int]) -> None:
+def probe(case: Case, name: str, session: Session) -> None:
+    """On a GPU: what a peer takes at a small size, before a large one is tried that no smaller one came before."""
+    measured, subject, device = session.history(case, name), SUBJECTS[name], session.device
+    if device.type == "cpu" or subject.linear or name.endswith("-compiled") or measured or case.n <= PROBE_N:
+        return
+    small = replace(case, n=PROBE_N)
+    inputs, loss = make_inputs(small), subject.build(small)
+    verify.run(loss, inputs)  # what is made once does not count
+    extra = device.extra_bytes(lambda: verify.run(loss, inputs))
+    if extra is not None:
+        measured[small.n] = extra
+
+
+def measure_memory(case: Case, row: Row, session: Session) -> None:
     try:
-        if row.subject != OURS:
-            memory.refuse_if_too_large(case, measured)
+        session.refuse(case, row)
         extra = memory.measure(case, row.subject)
     except memory.MemoryRefusedError as error:
         row.status = str(error)
-        predicted = memory.predicted_bytes(case, measured)
-        row.predicted_mib = None if predicted is None else predicted / 2**20
     else:
-        measured[case.n] = extra
+        session.history(case, row.subject)[case.n] = extra
         row.extra_mib = extra / 2**20
 
 
+def run_case(case: Case, session: Session) -> list[Row]:
+    """Rows of a case, ours first. Sizes should ascend: the smaller ones predict what a peer takes."""
+    session.log(f"{case}: {', '.join((OURS, *case.peers)) if case.timed else 'memory'}")
+    rows = {name: Row.of(case, name) for name in dict.fromkeys((OURS, *case.peers, *case.memory_of))}
+    if case.memory:
+        for name in dict.fromkeys((OURS, *case.memory_of)):
+            measure_memory(case, rows[name], session)
+    if case.timed:
+        time_case(case, {name: rows[name] for name in (OURS, *case.peers)}, session)
+    left_out = [replace(Row.of(case, name), status=reason) for name, reason in case.left_out]
+    return [*rows.values(), *left_out]
+
+
 def run_cases(cases: list[Case], log: Log, effort: Effort) -> Iterator[Row]:
-    """Rows of all cases, ours first in each, in the order given; sizes must ascend so that they predict each other."""
-    measured: dict[tuple[str, str], dict[int, int]] = {}
+    """All of them, on the CPU, one after the other."""
+    session = Session(Host(), effort, log)
     for case in cases:
-        log(f"{case}: {', '.join((OURS, *case.peers)) if case.timed else 'memory'}")
-        names = dict.fromkeys((OURS, *case.peers, *case.memory_of))
-        rows = {name: Row.of(case, name) for name in names}
-        history = {name: measured.setdefault((case.loss, name), {}) for name in names}
-        if case.memory:
-            for name in dict.fromkeys((OURS, *case.memory_of)):
-                measure_memory(case, rows[name], history[name])
-
-        def refuse(name: str, case: Case = case, history: dict[str, dict[int, int]] = history) -> None:
-            if name != OURS:
-                memory.refuse_if_too_large(case, history[name])
-
-        if case.timed:
-            time_case(case, {name: rows[name] for name in (OURS, *case.peers)}, refuse, effort)
-        yield from rows.values()
-        for name, reason in case.left_out:
-            row = Row.of(case, name)
-            row.status = reason
-            yield row
+        yield from run_case(case, session)

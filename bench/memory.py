@@ -59,11 +59,11 @@ def predicted_bytes(case: Case, measured: dict[int, int]) -> int | None:
     return measured[max(smaller)] * case.n**2 // max(smaller) ** 2 if smaller else None
 
 
-def refuse_if_too_large(case: Case, measured: dict[int, int]) -> None:
+def refuse_if_too_large(case: Case, measured: dict[int, int], available: int | None = None) -> None:
     """Raises:
-    MemoryRefusedError: the prediction is more than nine tenths of what the machine has free.
+    MemoryRefusedError: the prediction is more than nine tenths of what the machine has free (or is `available`).
     """
-    predicted, available = predicted_bytes(case, measured), available_bytes()
+    predicted, available = predicted_bytes(case, measured), available_bytes() if available is None else available
     if predicted is not None and predicted > 0.9 * available:
         raise MemoryRefusedError(
             f"not run: by its smaller sizes it takes {predicted / 2**30:.1f} GiB, free are {available / 2**30:.1f} GiB"

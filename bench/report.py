@@ -1,8 +1,9 @@
-"""Rows to a terminal table, CSV, JSON, plots, and the table of the README."""
+"""Rows to a terminal table, CSV and JSON; what they were measured on; what they say about the bars."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -19,20 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases import Bar
-from bench.measure import Figure, Row
+from bench.cases import FORWARD_NMD, Bar
 from bench.peers import OURS, SUBJECTS
-from bench.plots import plot
+from bench.rows import Figure, Row
 
 PACKAGES = ("smartclip-kernels", "torch", "open_clip_torch", "numpy")
+GPU_PACKAGES = ("triton", "memeff", "siglip-kernel", "inf-cl")
 FIGURES = ("forward_ms", "total_ms", "product_gflops", "floor_percent", "times_ours")
-FLOOR_NOTE = (
-    "Floor: the matrix products alone, at the rate of torch's own 2048³ product in the same rounds, a softmax's scores "
-    "computed twice. Who keeps the N×M scores needs 6NMD for 8NMD (12 for 16) and can pass 100 %."
-)
-README_LEAVES_OUT = (8, 256, 1024, 4096)
-"""Sizes that are in the results' own files only."""
-README_MARKERS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 
 
 def device_name() -> str:
@@ -47,13 +41,23 @@ def slug(name: str) -> str:
 
 
 def commit() -> str:
-    """Of this checkout, marked where files differ from it; "" outside one."""
+    """Of this checkout, marked where files differ from it; "" outside one. BENCH_COMMIT says it for a mere copy."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     root = Path(__file__).resolve().parent
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
         return ""
+
+
+def floor_note(about: dict[str, Any]) -> str:
+    return (
+        f"Floor: the matrix products alone, at the rate of torch's own {about.get('product', 2048)}³ product in the "
+        "same rounds, a softmax's scores computed twice. Who keeps the N×M scores needs 6NMD for 8NMD (12 for 16) and "
+        "can pass 100 %."
+    )
 
 
 def version(package: str) -> str:
@@ -79,6 +83,33 @@ def environment() -> dict[str, Any]:
     }
 
 
+def gpu_environment(product: int) -> dict[str, Any]:
+    """The same for a GPU; `product` is the size of the matrix product that rates are measured with."""
+    about, properties = environment(), torch.cuda.get_device_properties(0)
+    return {
+        **about,
+        "device": properties.name,
+        "host": about["device"],
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "driver": nvidia_smi("driver_version"),
+        "power_limit": nvidia_smi("power.limit"),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": about["versions"] | {package: version(package) for package in GPU_PACKAGES},
+        "product": product,
+    }
+
+
+def nvidia_smi(what: str) -> str:
+    try:
+        command = ["nvidia-smi", "--id=0", f"--query-gpu={what}", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A bar beside the figure that was measured for it; None where nothing was."""
@@ -97,27 +128,46 @@ class Verdict:
         subject = {
             "memory": "MiB beyond inputs and gradients",
             "floor": "of floor",
+            "forward floor": "of the forward pass's floor",
+            "runs": "(1: it runs)",
         }.get(bar.what, f"× as fast as {bar.what}")
         got = "not measured" if self.measured is None else f"{self.measured:.2f}"
         relation = "at most" if bar.what == "memory" else "at least"
         word = {True: "met", False: "MISSED", None: "-"}[self.met]
-        return f"{bar.loss} N={bar.n}: {got} {subject}, bar: {relation} {bar.value:.2f}: {word}"
+        where = "" if bar.backend == "cpu" else f" D={bar.d} {bar.dtype} ({bar.backend})"
+        return f"{bar.loss} N={bar.n}{where}: {got} {subject}, bar: {relation} {bar.value:.2f}: {word}"
 
 
 def judge(bars: list[Bar], rows: list[Row]) -> list[Verdict]:
-    """The figures of the bars whose case is among the rows."""
-    found = {(row.loss, row.n, row.subject): row for row in rows}
+    """The figures of the bars whose case is among the rows. What is inaccurate has none."""
+    # On the CPU a peer's row names no backend.
+    found = {(row.loss, row.n, row.d, row.dtype, row.backend or "cpu", row.subject): row for row in rows}
+
+    def row_of(bar: Bar, subject: str) -> Row | None:
+        return found.get((bar.loss, bar.n, bar.d, bar.dtype, bar.backend, subject))
 
     def measured(bar: Bar) -> float | None:
-        own = found[bar.loss, bar.n, OURS]
+        own, peer = row_of(bar, OURS), row_of(bar, bar.what)
+        if own is None or own.status.startswith("inaccurate"):
+            return None
         if bar.what == "memory":
             return own.extra_mib
         if bar.what == "floor":
             return own.floor_percent.median / 100 if own.floor_percent else None
-        peer = found.get((bar.loss, bar.n, bar.what))
+        if bar.what == "forward floor":
+            return forward_floor(own)
+        if bar.what == "runs":
+            return 1.0 if own.total_ms else 0.0
         return peer.times_ours.median if peer and peer.times_ours else None
 
-    return [Verdict(bar, measured(bar)) for bar in bars if (bar.loss, bar.n, OURS) in found]
+    return [Verdict(bar, measured(bar)) for bar in bars if row_of(bar, OURS)]
+
+
+def forward_floor(row: Row) -> float | None:
+    """The same fraction as `floor_percent`, of the forward pass's products alone, of medians."""
+    if not (row.forward_ms and row.product_gflops):
+        return None
+    return FORWARD_NMD[row.similarity] * row.n**2 * row.d / row.product_gflops.median / row.forward_ms.median / 1e6
 
 
 def cell(figure: Figure | None, digits: str = ".3g", *, spread: bool = True) -> str:
@@ -140,6 +190,10 @@ def mebibytes(row: Row) -> str:
 COLUMNS = ("loss", "N", "who", "forward ms", "forward + backward ms", "% of floor", "floor", "× ours", "MiB", "status")
 
 
+def status(row: Row) -> str:
+    return f"{row.status} ({row.note})" if row.note else row.status
+
+
 def cells(row: Row) -> tuple[str, ...]:
     who = f"{OURS} ({row.backend})" if row.subject == OURS else row.subject
     return (
@@ -152,28 +206,45 @@ def cells(row: Row) -> tuple[str, ...]:
         row.floor_name if row.floor_percent else "",
         "" if row.subject == OURS else cell(row.times_ours, ".2f"),
         mebibytes(row),
-        row.status,
+        status(row),
     )
 
 
-def print_table(rows: list[Row], console: Console) -> None:
+def print_table(rows: list[Row], about: dict[str, Any], console: Console) -> None:
     table = Table(title=Text("median [quartiles] over the rounds"), header_style="bold")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("loss", "who", "status") else "right", overflow="fold")
     for previous, row in zip([None, *rows], rows, strict=False):
-        if previous and (previous.loss, previous.n) != (row.loss, row.n):
+        if previous and case_of(previous) != case_of(row):
             table.add_section()
         table.add_row(*map(Text, cells(row)), style="bold" if row.subject == OURS else "")
     console.print(table)
-    for name, subject in SUBJECTS.items():
-        console.print(f"{name}: {subject.description}", highlight=False)
-    console.print(FLOOR_NOTE, highlight=False)
+    for name in dict.fromkeys(row.subject for row in rows):
+        console.print(f"{name}: {SUBJECTS[name].description}", highlight=False)
+    console.print(floor_note(about), highlight=False)
+
+
+def case_of(row: Row) -> tuple[str, int, int, str]:
+    return row.loss, row.n, row.d, row.dtype
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Whenever the process ends, there is the old file or the new one."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def write_json(path: Path, rows: list[Row], verdicts: list[Verdict], about: dict[str, Any]) -> None:
-    bars = [{**asdict(v.bar), "measured": v.measured, "met": v.met} for v in verdicts]
-    document = {"environment": about, "rows": [asdict(row) for row in rows], "bars": bars}
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    """What came to rows and bars with GPUs is left out where it says nothing."""
+    plain = [{k: v for k, v in asdict(row).items() if k != "note" or v} for row in rows]
+    bars = [
+        {f.name: getattr(v.bar, f.name) for f in fields(v.bar) if getattr(v.bar, f.name) != f.default}
+        | {"measured": v.measured, "met": v.met}
+        for v in verdicts
+    ]
+    document = {"environment": about, "rows": plain, "bars": bars}
+    replace_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Row], list[Verdict]]:
@@ -189,58 +260,20 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Row], list[Verdict]]:
 
 def write_csv(path: Path, rows: list[Row]) -> None:
     """One line a row; a figure takes three columns."""
-    names = [f.name for f in fields(Row)]
+    names = [f.name for f in fields(Row) if f.name != "note" or any(row.note for row in rows)]
     parts = ("median", "low", "high")
     header = [f"{name}_{part}" for name in names if name in FIGURES for part in parts]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([name for name in names if name not in FIGURES] + header)
-        for row in rows:
-            plain = [getattr(row, name) for name in names if name not in FIGURES]
-            figures = [getattr(row, name) for name in names if name in FIGURES]
-            writer.writerow(plain + [getattr(figure, part, None) for figure in figures for part in parts])
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow([name for name in names if name not in FIGURES] + header)
+    for row in rows:
+        plain = [getattr(row, name) for name in names if name not in FIGURES]
+        figures = [getattr(row, name) for name in names if name in FIGURES]
+        writer.writerow(plain + [getattr(figure, part, None) for figure in figures for part in parts])
+    replace_file(path, file.getvalue())
 
 
 def write_all(directory: Path, rows: list[Row], verdicts: list[Verdict], about: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_csv(directory / "results.csv", rows)
     write_json(directory / "results.json", rows, verdicts, about)
-    plot(directory, rows, about)
-
-
-def readme_table(about: dict[str, Any], rows: list[Row], verdicts: list[Verdict]) -> str:
-    """Markdown: the machine, a table of sizes against subjects, and the bars. All sizes are in the results."""
-    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
-    lines = [
-        f"Measured on {about['device']}, {about['threads']} threads, Python {about['python']}, {versions}; "
-        f"commit {about['commit']}, {about['date'][:10]}. Forward + backward, median of interleaved rounds; "
-        f"“× ours” is a peer's time over ours; memory is the peak beyond inputs and gradients. {FLOOR_NOTE}",
-        "",
-        "|Loss|N = M|Who|ms|× ours|% of floor|MiB|",
-        "|---|--:|---|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        if row.n in README_LEAVES_OUT:
-            continue
-        time = cell(row.total_ms, ".1f" if row.total_ms and row.total_ms.median >= 10 else ".3f", spread=False)
-        floor = f"{cell(row.floor_percent, '.0f', spread=False)} ({row.floor_name})" if row.floor_percent else ""
-        time = time or ("" if row.status == "ok" else row.status.split(":")[0])
-        who = f"**{OURS}**" if row.subject == OURS else row.subject
-        ratio = "" if row.subject == OURS else cell(row.times_ours, ".2f", spread=False)
-        lines.append(f"|{row.loss}|{row.n:,}|{who}|{time}|{ratio}|{floor}|{mebibytes(row)}|")
-    lines += ["", "Against the bars that were set before:", "", *(f"- {verdict}" for verdict in verdicts)]
-    return "\n".join(lines)
-
-
-def update_readme(readme: Path, results: Path) -> None:
-    """Put the table between the README's markers.
-
-    Raises:
-        ValueError: the README has no such markers.
-    """
-    text, (begin, end) = readme.read_text(), README_MARKERS
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{readme}: needs the markers {begin} and {end}, in this order")
-    readme.write_text(f"{before}{begin}\n{readme_table(*read_json(results))}\n{end}{after}")

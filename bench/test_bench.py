@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import memory, verify
-from bench.cases import Case, Inputs, cpu_cases, make_inputs
-from bench.measure import prepare
+from bench.cases import Case, cpu_cases
+from bench.measure import inputs_and_truth, prepare
 from bench.peers import OURS
-from bench.verify import Truth
 
 PAIRS = [(case, subject) for case in cpu_cases() if case.timed for subject in (OURS, *case.peers)]
-
-
-@lru_cache(maxsize=1)
-def inputs_and_truth(case: Case) -> tuple[Inputs, Truth]:
-    torch.compiler.reset()
-    inputs = make_inputs(case)
-    return inputs, verify.truth(case, inputs)
 
 
 @pytest.mark.parametrize(("case", "subject"), PAIRS, ids=[f"{case}-{subject}" for case, subject in PAIRS])
@@ -29,8 +19,9 @@ def test_forward_backward(benchmark: BenchmarkFixture, case: Case, subject: str)
     if subject != OURS and (needed := 4 * case.n**2 * 4) > memory.available_bytes():
         pytest.skip(f"holds several N×M matrices: four are {needed / 2**30:.1f} GiB, more than is free")
     inputs, true = inputs_and_truth(case)
+    torch.compiler.reset()
     try:
-        loss = prepare(case, subject, inputs, true)
+        loss, *_ = prepare(case, subject, inputs, true)
     except ImportError as error:
         pytest.skip(str(error))
     rounds = 3 if case.n >= 8192 else 10

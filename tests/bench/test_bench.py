@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,43 +14,24 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as command
-from bench import measure, memory, report, verify
+from bench import measure, memory, readme, report, timing, truth, verify
 from bench.cases import CPU_BARS, FLOOR_NMD, Bar, Case, Inputs, cpu_cases, make_inputs, memory_bar
-from bench.measure import Effort, Figure, Row
+from bench.devices import Device
+from bench.measure import Effort
 from bench.peers import OURS, SUBJECTS, LossFn, Subject
-from smartclip_kernels import reference
+from bench.rows import Figure, Row
 
 TINY = Case("dot", "softmax", 24, ("eager",), d=16)
 EVERY_LOSS = [Case(similarity, objective, 40, d=24) for similarity, objective in FLOOR_NMD]  # type: ignore[arg-type]
 SECONDS = Effort(product=64, seconds=0)
-
-
-def reference_loss(case: Case, inputs: Inputs) -> Tensor:
-    loss = reference.loss(inputs.image, inputs.text, inputs.mask, inputs.scale, inputs.bias, objective=case.objective)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-@pytest.fixture
-def subjects(monkeypatch: pytest.MonkeyPatch) -> dict[str, LossFn]:
-    """Losses that a test may add under a name; ours is the reference, so that only the benchmark is tested."""
-    added: dict[str, LossFn] = {}
-
-    def build(name: str) -> Subject:
-        return Subject(
-            name, "for a test", lambda case: added.get(name) or (lambda inputs: reference_loss(case, inputs))
-        )
-
-    for name in (OURS, "eager"):
-        monkeypatch.setitem(SUBJECTS, name, build(name))
-    return added
+Definition = Callable[[Case, Inputs], Tensor]
 
 
 @pytest.mark.parametrize("case", EVERY_LOSS, ids=str)
-def test_blockwise_is_the_definition(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "BLOCK_ELEMENTS", 7 * case.n)  # 5 whole blocks and a ragged one
+def test_blockwise_is_the_definition(case: Case, reference_loss: Definition, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(truth.BLOCK_ELEMENTS, "cpu", 7 * case.n)  # 5 whole blocks and a ragged one
     inputs = make_inputs(case)
-    answer = verify.blockwise(inputs, case.objective, torch.float64)
+    answer = truth.blockwise(inputs, case.objective, torch.float64)
     exact = replace(inputs, **{k: v.detach().double().requires_grad_() for k, v in inputs.named().items()})
     loss = reference_loss(case, exact)
     torch.testing.assert_close(answer.loss, loss.detach(), rtol=1e-12, atol=0)
@@ -65,19 +47,20 @@ def test_peers_compute_the_loss(case: Case, name: str) -> None:
         with pytest.raises(ValueError, match="mask"):
             SUBJECTS[name].build(case)(inputs)
         return
-    measure.prepare(case, name, inputs, verify.truth(case, inputs))
+    measure.prepare(case, name, inputs, truth.truth(case, inputs))
 
 
 @pytest.mark.parametrize("what", ["loss", "image", "text", "scale"])
-def test_wrong_answers_are_caught(what: str) -> None:
+def test_wrong_answers_are_caught(what: str, reference_loss: Definition) -> None:
     inputs = make_inputs(TINY)
-    true = verify.truth(TINY, inputs)
+    true = truth.truth(TINY, inputs)
     value, gradients = verify.run(lambda x: reference_loss(TINY, x), inputs)
     verify.check(value, gradients, true, inputs)
     if what == "loss":
         value = value * (1 + 1e-4)
     else:
         gradient = gradients[list(inputs.named()).index(what)]
+        assert gradient is not None
         gradient.view(-1)[-1] += 0.01 * gradient.abs().max()  # one element of one row
     with pytest.raises(AssertionError, match=what):
         verify.check(value, gradients, true, inputs)
@@ -95,7 +78,7 @@ def test_a_failing_peer_is_a_row_that_says_so(subjects: dict[str, LossFn]) -> No
     assert peer.total_ms is None
 
 
-def test_a_wrong_peer_is_not_timed(subjects: dict[str, LossFn]) -> None:
+def test_a_wrong_peer_is_not_timed(subjects: dict[str, LossFn], reference_loss: Definition) -> None:
     subjects["eager"] = lambda inputs: 1.01 * reference_loss(TINY, inputs)
     _, peer = measure.run_cases([TINY], print, SECONDS)
     assert peer.status.startswith("not timed, differs from the truth: loss")
@@ -110,14 +93,14 @@ def test_ratios_are_of_the_same_round(subjects: dict[str, LossFn], monkeypatch: 
     }
     order: list[str] = []
 
-    def timed(loss: LossFn, inputs: Inputs, calls: int) -> tuple[float, float]:
+    def timed(loss: LossFn, inputs: Inputs, calls: int, device: Device) -> tuple[float, float]:
         name = (OURS, "eager")[len(order) % 2]
         order.append(name)
         return 0.0, next(times[name])
 
-    monkeypatch.setattr(measure, "time_calls", timed)
+    monkeypatch.setattr(timing, "time_calls", timed)
     own, peer = measure.run_cases([TINY], print, SECONDS)
-    assert own.rounds == measure.MIN_ROUNDS
+    assert own.rounds == timing.MIN_ROUNDS
     assert own.total_ms == Figure(2000.0, 1500.0, 2500.0)
     assert peer.times_ours == Figure(3.0, 3.0, 3.0)
 
@@ -208,18 +191,18 @@ def test_quick_run_end_to_end(tmp_path: Path, subjects: dict[str, LossFn], capsy
     assert [line["subject"] for line in lines] == [row["subject"] for row in document["rows"]]
     assert float(lines[1]["total_ms_median"]) == document["rows"][1]["total_ms"]["median"] > 0
 
-    readme = tmp_path / "README.md"
-    readme.write_text("before <!-- bench:begin -->old<!-- bench:end --> after")
+    page = tmp_path / "README.md"
+    page.write_text("before <!-- bench:begin -->old<!-- bench:end --> after")
     for _ in range(2):  # the markers survive
-        assert command.main(["readme", str(directory / "results.json"), "--readme", str(readme)]) == 0
-    text = readme.read_text()
+        assert command.main(["readme", str(directory / "results.json"), "--readme", str(page)]) == 0
+    text = page.read_text()
     assert text.startswith("before <!-- bench:begin -->\nMeasured on ")
     assert text.endswith("\n<!-- bench:end --> after")
     assert "old" not in text
     assert "|siglip|96|eager|" in text
 
 
-def test_our_failure_fails_the_run(tmp_path: Path, subjects: dict[str, LossFn]) -> None:
+def test_our_failure_fails_the_run(tmp_path: Path, subjects: dict[str, LossFn], reference_loss: Definition) -> None:
     subjects[OURS] = lambda inputs: 1.01 * reference_loss(TINY, inputs)
     assert command.main(["--quick", "--only", "siglip", "--out", str(tmp_path)]) == 1
 
@@ -229,4 +212,4 @@ def test_a_readme_without_markers_is_refused(tmp_path: Path) -> None:
     report.write_json(results, [], [], report.environment())
     (tmp_path / "README.md").write_text("<!-- bench:end --><!-- bench:begin -->")
     with pytest.raises(ValueError, match="needs the markers"):
-        report.update_readme(tmp_path / "README.md", results)
+        readme.update(tmp_path / "README.md", results)
