@@ -1,7 +1,8 @@
 """Builds smartclip_kernels._C by CMake; sources and flags are in CMakeLists.txt, metadata in pyproject.toml.
 
 Environment: SMARTCLIP_BUILD=0 leaves the compiled module out, SMARTCLIP_BUILD=1 makes a missing compiler an error,
-CXX names the compiler, CMAKE_ARGS adds arguments for CMake.
+CXX names the compiler, CMAKE_ARGS adds arguments for CMake. SMARTCLIP_CUDA=0 leaves the CUDA kernels out, 1 makes a
+missing nvcc an error; CUDA_ARCHS names their architectures ("80-real;90" by default), CUDACXX the nvcc.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
+        configure += [f"-D{name}={os.environ[name]}" for name in ("SMARTCLIP_CUDA", "CUDA_ARCHS") if name in os.environ]
         if "CXX" not in os.environ:
             configure.append(f"-DCMAKE_CXX_COMPILER={find_compiler()}")
         subprocess.run([*configure, *shlex.split(os.environ.get("CMAKE_ARGS", ""))], check=True)

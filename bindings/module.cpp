@@ -2,24 +2,17 @@
 //
 // A Launch holds one batch's addresses; its methods run one kernel each, without the interpreter's lock. Sizes and
 // alignment are checked here; that an address has as many numbers behind it as the sizes say is the caller's promise.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstdlib>
-#include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
 
+#include "addresses.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-
-namespace py = pybind11;
+#ifdef SK_CUDA
+#include "cuda.h"
+#endif
 
 namespace smartclip {
 namespace {
-
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("smartclip_kernels._C: " + what); }
 
 std::vector<std::string> isas_here() {
   std::vector<std::string> names;
@@ -42,43 +35,6 @@ const Isa& chosen_isa() {
 }
 
 template <class T>
-T* pointer(uintptr_t address, const char* name) {
-  if (address % alignof(T) != 0) refuse(std::string(name) + " is not aligned to its numbers");
-  return reinterpret_cast<T*>(address);
-}
-
-template <class T>
-T* required(uintptr_t address, const char* name) {
-  if (address == 0) refuse(std::string(name) + " is null");
-  return pointer<T>(address, name);
-}
-
-// Reads `name` from the keywords as an address; absent: null.
-uintptr_t address_of(const py::dict& from, const char* name) {
-  return from.contains(name) ? from[name].cast<uintptr_t>() : 0;
-}
-
-template <class T>
-Side<T> side_of(const py::dict& from) {
-  Side<T> side;
-  side.size = from["size"].cast<int64_t>();
-  if (side.size < 1) refuse("a side has no rows");
-  side.id = pointer<const int32_t>(address_of(from, "id"), "id");
-  side.ignore = pointer<const int32_t>(address_of(from, "ignore"), "ignore");
-  side.factor = pointer<const T>(address_of(from, "factor"), "factor");
-  side.statistics = pointer<T>(address_of(from, "statistics"), "statistics");
-  side.loss = pointer<T>(address_of(from, "loss"), "loss");
-  side.weight = pointer<const T>(address_of(from, "weight"), "weight");
-  side.anchor = pointer<T>(address_of(from, "anchor"), "anchor");
-  side.score_gradient = pointer<T>(address_of(from, "score_gradient"), "score_gradient");
-  return side;
-}
-
-// One tile as Python sees it: (first row, rows, first column, columns).
-using Box = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-using Addresses = std::vector<uintptr_t>;
-
-template <class T>
 class Launch {
  public:
   Launch(const std::string& similarity, const std::string& objective, const py::dict& row, const py::dict& column,
@@ -86,41 +42,35 @@ class Launch {
       : kernels_(find(similarity, objective)), threads_(threads) {
     if (!kernels_) refuse("no kernel for " + similarity + " and " + objective);
     if (threads < 1) refuse("threads must be at least 1");
-    problem_.row = side_of<T>(row);
-    problem_.column = side_of<T>(column);
-    if (kernels_->factors && !(problem_.row.factor && problem_.column.factor)) refuse("factor is null");
-    if (!problem_.row.ignore != !problem_.column.ignore) refuse("ignore is given for one side only");
-    problem_.scale = required<const T>(scale, "scale");
-    problem_.bias = pointer<const T>(bias, "bias");
-    problem_.label_smoothing = static_cast<T>(label_smoothing);
+    problem_ = problem_of<T>(row, column, scale, bias, label_smoothing, kernels_->factors);
     problem_.parameter_gradient = pointer<double>(parameter_gradient, "parameter_gradient");
   }
 
   void statistics(const Box& box, const Addresses& accumulators, int64_t stride) const {
     const Tile<T> tile = tile_of(box, accumulators, stride);
-    need_ids();
-    need_both(&Side<T>::statistics, "statistics");
+    need_ids(problem_);
+    need(&Side<T>::statistics, "statistics");
     run([&] { kernels_->statistics(problem_, tile, threads_); });
   }
 
   void loss() const {
-    need_both(&Side<T>::statistics, "statistics");
-    need_both(&Side<T>::loss, "loss");
+    need(&Side<T>::statistics, "statistics");
+    need(&Side<T>::loss, "loss");
     run([&] { kernels_->loss(problem_); });
   }
 
   void anchor() const {
-    if (kernels_->needs_statistics) need_both(&Side<T>::statistics, "statistics");
-    need_both(&Side<T>::weight, "weight");
-    need_both(&Side<T>::anchor, "anchor");
+    if (kernels_->needs_statistics) need(&Side<T>::statistics, "statistics");
+    need(&Side<T>::weight, "weight");
+    need(&Side<T>::anchor, "anchor");
     run([&] { kernels_->anchor(problem_); });
   }
 
   void gradient(const Box& box, const Addresses& accumulators, int64_t stride, const Addresses& out, int64_t out_stride,
                 bool statistics) const {
     const Tile<T> tile = tile_of(box, accumulators, stride, out, out_stride);
-    need_ids();
-    need_both(&Side<T>::anchor, "anchor");
+    need_ids(problem_);
+    need(&Side<T>::anchor, "anchor");
     if (statistics && !problem_.row.statistics) refuse("statistics is null");
     if (!problem_.parameter_gradient) refuse("parameter_gradient is null");
     run([&] { kernels_->gradient(problem_, tile, statistics, threads_); });
@@ -150,7 +100,7 @@ class Launch {
   void best_positive(const Box& box, const Addresses& accumulators, int64_t stride, bool swapped, uintptr_t values,
                      uintptr_t indices) const {
     const Tile<T> tile = tile_of(box, accumulators, stride);
-    need_ids();
+    need_ids(problem_);
     const Best<T> best{required<T>(values, "values"), required<int64_t>(indices, "indices"), 1};
     run([&] { kernels_->best_positive(problem_, tile, swapped, best, threads_); });
   }
@@ -177,10 +127,8 @@ class Launch {
   Tile<T> tile_of(const Box& box, const Addresses& accumulators, int64_t stride, const Addresses& out = {},
                   int64_t out_stride = 0) const {
     Tile<T> tile;
+    check_box(problem_, box);
     std::tie(tile.row, tile.rows, tile.column, tile.columns) = box;
-    if (tile.row < 0 || tile.rows < 1 || tile.row + tile.rows > problem_.row.size || tile.column < 0 ||
-        tile.columns < 1 || tile.column + tile.columns > problem_.column.size)
-      refuse("the tile lies outside the scores");
     if (accumulators.size() != static_cast<size_t>(kernels_->accumulators)) refuse("wrong number of accumulators");
     if (stride < tile.columns || (!out.empty() && out_stride < tile.columns)) refuse("a stride is less than a row");
     if (out.size() > 2) refuse("too many outputs");
@@ -192,14 +140,9 @@ class Launch {
     return tile;
   }
 
-  void need_ids() const {
-    if (!problem_.row.id || !problem_.column.id) refuse("id is null");
-  }
-
   template <class Member>
-  void need_both(Member member, const char* name) const {
-    if (!(problem_.row.*member) || (kernels_->both_sides && !(problem_.column.*member)))
-      refuse(std::string(name) + " is null");
+  void need(Member member, const char* name) const {
+    need_both(problem_, kernels_->both_sides, member, name);
   }
 
   template <class Body>
@@ -249,6 +192,12 @@ PYBIND11_MODULE(_C, module) {
   using namespace smartclip;
   define_launch<float>(module, "LaunchFloat32");
   define_launch<double>(module, "LaunchFloat64");
+#ifdef SK_CUDA
+  py::module_ device = module.def_submodule("cuda", "The kernels for NVIDIA's GPUs.");
+  cuda::define(device);
+  device.attr("architectures") = SK_CUDA;
+  device.attr("nvcc") = SK_NVCC;
+#endif
   module.def(
       "isa", [] { return chosen_isa().name; },
       "The instruction set that the kernels use: SMARTCLIP_CPU_ISA or the best here.");

@@ -1,7 +1,9 @@
 // What the scores cost: from logits to statistics, from statistics to losses, and from both to G = dL/dlogit.
 //
 // V is a number or a pack of numbers, M what comparing two of them gives. An objective has
-//   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state
+//   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state;
+//              of_others() makes it of `count` candidates at once none of which is positive, from the sum of their
+//              other_term(logit, shift), with the largest of them for a shift where the objective kShifts
 //   loss       of an anchor, from its statistics
 //   anchor     from an anchor's statistics and weight (the gradient of its loss) to the kAnchor numbers that G needs
 //   gradient   G of a pair, from its logit and both anchors
@@ -17,6 +19,7 @@ struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kNeedsStatistics = true;
   static constexpr bool kBothSides = true;
+  static constexpr bool kShifts = true;
   static constexpr int kStatistics = 7;
   static constexpr int kAnchor = 5;
 
@@ -27,6 +30,9 @@ struct Softmax {
     V positives, max, positive_mass, other_mass, total, positive_sum, candidates;
 
     SK_HOST_DEVICE static State empty() { return {V(0), lowest<V>(), V(0), V(0), V(0), V(0), V(0)}; }
+    SK_HOST_DEVICE static State of_others(V shift, V sum, V total, V count) {
+      return {V(0), shift, V(0), sum, total, V(0), count};
+    }
 
     // A running maximum with one exponential: whichever of max and logit is smaller is brought to the larger.
     template <class M>
@@ -57,6 +63,11 @@ struct Softmax {
       candidates += other.candidates;
     }
   };
+
+  template <class V>
+  SK_HOST_DEVICE static V other_term(V logit, V shift) {
+    return exp(logit - shift);
+  }
 
   // log(1 + others / positive) where a lone positive dominates: the general form would round at 1. There, max is
   // subtracted before the logarithm is added: their sum would round at the size of the logits.
@@ -107,6 +118,7 @@ struct Sigmoid {
   static constexpr const char* kName = "sigmoid";
   static constexpr bool kNeedsStatistics = false;
   static constexpr bool kBothSides = false;
+  static constexpr bool kShifts = false;
   static constexpr int kStatistics = 1;
   static constexpr int kAnchor = 1;
 
@@ -115,16 +127,21 @@ struct Sigmoid {
     V sum;
 
     SK_HOST_DEVICE static State empty() { return {V(0)}; }
+    SK_HOST_DEVICE static State of_others(V, V sum, V, V) { return {sum}; }
 
-    // softplus(t) = max(t, 0) + log(1 + e^{-|t|}), t = -z s
     template <class M>
     SK_HOST_DEVICE void add(V logit, M positive, M candidate) {
-      const V t = select(positive, -logit, logit);
-      sum += select(candidate, select(t < V(0), V(0), t) + log1p_unit(exp(-abs(t))), V(0));
+      sum += select(candidate, other_term(select(positive, -logit, logit), V(0)), V(0));
     }
 
     SK_HOST_DEVICE void merge(const State& other) { sum += other.sum; }
   };
+
+  // softplus(t) = max(t, 0) + log(1 + e^{-|t|}), t = -z s
+  template <class V>
+  SK_HOST_DEVICE static V other_term(V t, V) {
+    return select(t < V(0), V(0), t) + log1p_unit(exp(-abs(t)));
+  }
 
   template <class V>
   SK_HOST_DEVICE static V loss(const State<V>& state, V) {

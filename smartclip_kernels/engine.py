@@ -61,9 +61,9 @@ class MakeLaunch(Protocol):
 class TiledBackend:
     """The operations of a backend whose launches work on tiles."""
 
-    def __init__(self, name: str, method: Method, make_launch: MakeLaunch) -> None:
+    def __init__(self, name: str, method: Method, make_launch: MakeLaunch, *, cuts_sums: bool = False) -> None:
         self.name, self.method, self.make_launch = name, method, make_launch
-        self.rounds_scores = method.fused
+        self.rounds_scores, self.cuts_sums = method.fused, cuts_sums
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         """All products are kept where they take at most half of the workspace; tiles have the other half."""

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 
 from smartclip_kernels import backends
+from smartclip_kernels.backends import cuda
 
 Lines = list[tuple[str, str]]
 
@@ -97,11 +98,15 @@ def module() -> Lines:
     forced = os.environ.get("SMARTCLIP_CPU_ISA")
     why = f"SMARTCLIP_CPU_ISA={forced}" if forced else "the widest that this processor runs"
     threads = torch.get_num_threads()
+    kernels = "left out, as no nvcc was found; " + cuda.REBUILD
+    if device := getattr(compiled, "cuda", None):
+        kernels = f"for {device.architectures} (as CMake names them), nvcc {device.nvcc}"
     return [
         ("_C", f"{build['version']}, {compiled.__file__}"),
         ("compiler", build["compiler"]),
         ("built for", ", ".join(build["isas"])),
         ("chosen", f"{compiled.isa()} ({why})"),
+        ("CUDA kernels", kernels),
         ("OpenMP", f"{runtime}, {threads} threads" if runtime else "torch has mapped no runtime: one thread"),
     ]
 

@@ -9,6 +9,8 @@ half-precision numbers exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,9 @@ class Dot:
     def __init__(self, problem: Problem, native: bool = False) -> None:
         self.sum_dtype = problem.dtype
         self.dtype = problem.image.dtype if native else problem.dtype
-        self.image = _rows_contiguous(problem.image)
-        self.text = _rows_contiguous(problem.text)
+        arrange = _aligned if native else _rows_contiguous
+        self.image = arrange(problem.image)
+        self.text = arrange(problem.text)
         self.row_factor: Tensor | None = None
         self.column_factor: Tensor | None = None
 
@@ -80,6 +83,7 @@ class MaskedCosine:
         self.sum_dtype = problem.dtype
         self.dtype = problem.image.dtype if native else problem.dtype
         self.split = self.dtype != problem.dtype
+        self.arrange = _all_aligned if native else tuple
         self.image = _rows_contiguous(problem.image)
         self.text = _rows_contiguous(problem.text)
         self.mask = _rows_contiguous(problem.mask)
@@ -96,17 +100,17 @@ class MaskedCosine:
     def rows(self, panel: slice) -> Tensors:
         image = self.image[panel] * (1 / self.row_factor[panel, None])
         if not self.split:
-            return image, image.square()
-        return image.to(self.dtype), *_high_and_low(image.square(), self.dtype)
+            return self.arrange((image, image.square()))
+        return self.arrange((image.to(self.dtype), *_high_and_low(image.square(), self.dtype)))
 
     def columns(self, panel: slice) -> Tensors:
         mask = self.mask[panel].to(self.sum_dtype)
         masked_text, square = self._text(panel) * mask, mask.square()
         if not self.split:
-            return masked_text, square
+            return self.arrange((masked_text, square))
         (text_high, text_low), (square_high, square_low) = (_high_and_low(x, self.dtype) for x in (masked_text, square))
         inexact = torch.maximum(text_low.abs().amax(), square_low.abs().amax()).ne(0).to(torch.int32)
-        return text_high, square_high, text_low, square_low, inexact
+        return *self.arrange((text_high, square_high, text_low, square_low)), inexact
 
     def row_sums(self, grads: list[Tensor], panel: slice, needs: Needs) -> list[Tensor]:
         if not needs.image:
@@ -172,6 +176,20 @@ def operands_class(problem: Problem) -> type[Dot] | type[MaskedCosine]:
 def _rows_contiguous(x: Tensor) -> Tensor:
     """Matrix products take any row stride, but numbers of a row must be neighbours."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The same with rows that start at multiples of 16 bytes: a padded copy where they do not."""
+    x = _rows_contiguous(x)
+    numbers = 16 // x.element_size()
+    if x.data_ptr() % 16 == 0 and x.stride(0) % numbers == 0:
+        return x
+    padded = x.new_empty(len(x), -(-x.shape[1] // numbers) * numbers)[:, : x.shape[1]]
+    return padded.copy_(x)
+
+
+def _all_aligned(operands: Iterable[Tensor]) -> Tensors:
+    return tuple(map(_aligned, operands))
 
 
 def _high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

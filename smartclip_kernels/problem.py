@@ -70,6 +70,8 @@ class Backend(Protocol):
     name: str
     rounds_scores: bool
     """G is rounded to half precision, where the inputs are of it, before the gradients' products"""
+    cuts_sums: bool
+    """products of half precision are summed on a matrix unit, which cuts off what float32 cannot hold"""
 
     def unavailable(self) -> str:
         """Why it cannot run here and what would help, or ""."""

@@ -63,7 +63,12 @@ class Tiles:
     @cached_property
     def buffers(self) -> Tensor:
         """Tiles in the precision of the operands; not made where nobody asks for one."""
-        return self.problem.image.new_empty(self.count, self.shape[0] * self.shape[1], dtype=self.operands.dtype)
+        numbers = self.shape[0] * self._padded(self.shape[1])
+        return self.problem.image.new_empty(self.count, numbers, dtype=self.operands.dtype)
+
+    def _padded(self, columns: int) -> int:
+        """The kernels write rows in pieces of 16 bytes, and Triton asks for multiples of 16 numbers."""
+        return -(-columns // 16) * 16 if self.method.fused else columns
 
     def row_panels(self) -> Iterator[tuple[slice, Tensors]]:
         make = self.operands.columns if self.swapped else self.operands.rows
@@ -78,8 +83,8 @@ class Tiles:
             yield panel, make(panel)
 
     def buffer(self, k: int, rows: slice, columns: slice) -> Tensor:
-        shape = (rows.stop - rows.start, columns.stop - columns.start)
-        return self.buffers[k, : shape[0] * shape[1]].view(shape)
+        shape = (rows.stop - rows.start, self._padded(columns.stop - columns.start))
+        return self.buffers[k, : shape[0] * shape[1]].view(shape)[:, : columns.stop - columns.start]
 
     def outputs(self, rows: slice, columns: slice) -> list[Tensor]:
         """A buffer for each accumulator."""

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.simulated import SIMULATED, simulate
+
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when the kernels are defined
+    simulate()
 
 import smartclip_kernels as sk
 
@@ -26,11 +28,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Triton's interpreter is slow, and float16 takes bfloat16's way: outside of the grid it is for `make test-all`."""
+    """Simulated GPUs are slow, and float16 takes bfloat16's way: outside of the grid it is for `make test-all`."""
     for item in items:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         half = torch.float16 in parameters.values() and not item.name.startswith("test_grid")
-        if parameters.get("backend") == "triton" and half:
+        if parameters.get("backend") in SIMULATED and half:
             item.add_marker(pytest.mark.slow)
 
 
@@ -38,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def only_dtypes_that_there_are(request: pytest.FixtureRequest) -> None:
     callspec = getattr(request.node, "callspec", None)
     parameters = {} if callspec is None else callspec.params
-    if parameters.get("backend") == "triton" and torch.float64 in parameters.values():
+    if parameters.get("backend") in SIMULATED and torch.float64 in parameters.values():
         pytest.skip("float64 is for the CPU and reference backends")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.testing import Inputs, check_loss, make_inputs
+from tests.simulated import SIMULATED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -65,8 +66,8 @@ def test_many_tiles(
     set_workspace: Callable[[float], None],
 ) -> None:
     """The workspace decides how the scores are cut, and whether they are kept; never the result."""
-    if backend == "triton" and megabytes < 0.25:
-        pytest.skip("hundreds of tiles, of which Triton's interpreter takes tens of milliseconds each")
+    if backend in SIMULATED and megabytes < 0.25:
+        pytest.skip("hundreds of tiles, of which a simulated GPU takes tens of milliseconds each")
     set_workspace(megabytes)
     inputs = make_inputs(300, 277, 72, similarity=similarity, objective=objective, dtype=dtype, ids=True, bias=0.5)
     check_loss(replace(inputs, ignore_ids=(torch.arange(300) % 9, torch.arange(277) % 9)), reduction, backend=backend)
@@ -87,7 +88,7 @@ def test_default_tiles(
 ) -> None:
     """Tiles of the shapes that speed is made of, several each way; and all products kept."""
     if backend != "cpu":
-        pytest.skip("small sizes only: it has no tiles, or runs in Triton's interpreter")
+        pytest.skip("small sizes only: it has no tiles, or is simulated")
     set_workspace(megabytes)
     inputs = make_inputs(2503, 2179, 64, similarity=similarity, objective=objective, dtype=dtype, bias=-1.0)
     check_loss(inputs, backend=backend)
@@ -284,7 +285,7 @@ def test_empty_masks_and_zero_texts(backend: str, objective: str, dtype: torch.d
 @pytest.mark.parametrize("factor", [0.5, 0.99, 1.01, 2.0])
 def test_the_smallest_norms(backend: str, objective: str, factor: float) -> None:
     """‖image ⊙ mask‖ just under and just over 1e-6, ‖text‖ around 1e-12."""
-    if backend == "triton":
+    if backend in SIMULATED:
         pytest.skip("float64 is for the CPU and reference backends")
     inputs = make_inputs(32, 32, 16, similarity="masked_cosine", objective=objective, dtype=torch.float64, bias=0.0)
     assert inputs.mask is not None

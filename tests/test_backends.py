@@ -12,12 +12,13 @@ import torch
 import smartclip_kernels as sk
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.backends import cpu
+from tests.simulated import SIMULATED
 
 CPU = torch.device("cpu")
 
 
 def test_the_default_is_the_fused_one() -> None:
-    assert [name for name in sk.available_backends() if name != "triton"] == ["cpu", "reference"]
+    assert [name for name in sk.available_backends() if name not in SIMULATED] == ["cpu", "reference"]
     assert backends.resolve("", CPU).name == "cpu"
 
 
@@ -63,7 +64,7 @@ def test_the_forward_pass_decides_for_the_backward_pass(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["tpu", "", 3])
 def test_unknown_names(name: Any) -> None:
     x = torch.eye(4)
-    message = r"backend: got .*, needs one of 'cpu', 'triton', 'reference'"
+    message = r"backend: got .*, needs one of 'cpu', 'cuda', 'triton', 'reference'"
     with pytest.raises(ValueError, match=message):
         sk.clip_loss(x, x, 1.0, backend=name)
     with pytest.raises(ValueError, match=message), sk.use_backend(name):

@@ -11,8 +11,9 @@ import torch
 import smartclip_kernels as sk
 from smartclip_kernels import testing
 from smartclip_kernels.testing import make_inputs
+from tests.simulated import SIMULATED
 
-SMALL = (260, 190)  # several tiles of Triton's, whose interpreter is slow
+SMALL = (260, 190)  # several tiles of a simulated GPU, which is slow
 
 
 def run(inputs: testing.Inputs, backend: str, reduction: str = "mean") -> dict[str, torch.Tensor]:
@@ -24,7 +25,7 @@ def run(inputs: testing.Inputs, backend: str, reduction: str = "mean") -> dict[s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_losses(backend: str, similarity: Any, objective: str, dtype: torch.dtype, reduction: str) -> None:
-    n, m = SMALL if backend == "triton" else (1100, 900)
+    n, m = SMALL if backend in SIMULATED else (1100, 900)
     inputs = make_inputs(n, m, 48, similarity=similarity, objective=objective, dtype=dtype, bias=0.5, ignore=True)
     first = run(inputs, backend, reduction)
     for seed in range(3):
@@ -37,7 +38,7 @@ def test_losses(backend: str, similarity: Any, objective: str, dtype: torch.dtyp
 
 
 def test_retrieval(backend: str) -> None:
-    inputs = make_inputs(*(SMALL if backend == "triton" else (1100, 900)), 48, similarity="masked_cosine", mask="soft")
+    inputs = make_inputs(*(SMALL if backend in SIMULATED else (1100, 900)), 48, similarity="masked_cosine", mask="soft")
     image, text, mask = inputs.image, inputs.text, inputs.mask
     assert mask is not None
     sim = sk.masked_similarity(image, text, mask, backend=backend)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import smartclip_kernels as sk
 from smartclip_kernels import reference, testing
+from tests.simulated import SIMULATED
 
 profile = settings(
     max_examples=60,
@@ -59,12 +60,12 @@ def problems(draw: st.DrawFn) -> testing.Inputs:
 
 
 def takes(backend: str, inputs: testing.Inputs) -> None:
-    assume(backend != "triton" or inputs.dtype != torch.float64)
+    assume(backend not in SIMULATED or inputs.dtype != torch.float64)
 
 
 def workspace(backend: str, megabytes: float) -> float:
-    """Triton's interpreter takes tens of milliseconds for a tile, of which the smallest workspaces make dozens."""
-    return max(megabytes, 0.25) if backend == "triton" else megabytes
+    """A simulated GPU takes tens of milliseconds for a tile, of which the smallest workspaces make dozens."""
+    return max(megabytes, 0.25) if backend in SIMULATED else megabytes
 
 
 @profile

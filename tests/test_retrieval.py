@@ -12,6 +12,7 @@ from torch import Tensor
 import smartclip_kernels as sk
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.testing import make_inputs
+from tests.simulated import SIMULATED
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -49,7 +50,7 @@ def test_masked_similarity(backend: str, dtype: torch.dtype, n: int, m: int, d: 
     true = run(reference.similarity, tuple(x.double() for x in inputs))
     eager = run(reference.similarity, inputs)
     assert actual[0].dtype == reference.compute_dtype(dtype)
-    unit = testing.TOLERANCES[dtype].unit
+    unit = testing.TOLERANCES[dtype].unit * testing.score_units(backends.load(backend), dtype, d)
     rounding = testing.TOLERANCES[dtype].score_rounding if backends.load(backend).rounds_scores else 0.0
     wide = testing.Inputs(inputs[0].double(), inputs[1].double(), inputs[2].double())
     incoming = torch.linspace(-1, 1, n * m, dtype=torch.float64).reshape(n, m)
@@ -86,8 +87,8 @@ def test_topk(
     megabytes: float,
     set_workspace: Callable[[float], None],
 ) -> None:
-    # Triton's interpreter takes tens of milliseconds for a tile.
-    set_workspace(max(megabytes, 0.5) if backend == "triton" else megabytes)
+    # A simulated GPU takes tens of milliseconds for a tile.
+    set_workspace(max(megabytes, 0.5) if backend in SIMULATED else megabytes)
     image, text, mask = masked(n, m, d, dtype)
     values, indices = sk.masked_topk(image, text, mask, k, per=per, backend=backend)
     sim = reference.similarity(image.double(), text.double(), mask.double())
@@ -95,7 +96,7 @@ def test_topk(
     k = min(k, sim.shape[1])
     assert values.shape == indices.shape == (sim.shape[0], k)
     assert values.dtype == reference.compute_dtype(dtype) and indices.dtype == torch.int64
-    close = 4 * testing.TOLERANCES[dtype].unit
+    close = 4 * testing.TOLERANCES[dtype].unit * testing.score_units(backends.load(backend), dtype, d)
     assert ((sim.gather(1, indices) - values).abs() <= close).all(), "a value is not its index's similarity"
     assert (values.diff(dim=1) <= 0).all(), "best first"
     assert (indices.sort(1).values.diff(dim=1) > 0).all(), "an index stands twice"
@@ -110,8 +111,8 @@ def test_ties_go_to_the_lower_index(
     backend: str, per: Any, n: int, m: int, k: int, megabytes: float, set_workspace: Callable[[float], None]
 ) -> None:
     """Over tiles too: which tile came first must not show."""
-    # Triton's interpreter takes tens of milliseconds for a tile.
-    set_workspace(max(megabytes, 0.5) if backend == "triton" else megabytes)
+    # A simulated GPU takes tens of milliseconds for a tile.
+    set_workspace(max(megabytes, 0.5) if backend in SIMULATED else megabytes)
     image, text, mask = integers(n, m)
     values, indices = sk.masked_topk(image, text, mask, k, per=per, backend=backend)
     sim = image @ text.T / 16
@@ -127,8 +128,8 @@ def test_ties_go_to_the_lower_index(
 def test_ranks_with_ties(
     backend: str, per: Any, similarity: str, n: int, m: int, megabytes: float, set_workspace: Callable[[float], None]
 ) -> None:
-    # Triton's interpreter takes tens of milliseconds for a tile.
-    set_workspace(max(megabytes, 0.5) if backend == "triton" else megabytes)
+    # A simulated GPU takes tens of milliseconds for a tile.
+    set_workspace(max(megabytes, 0.5) if backend in SIMULATED else megabytes)
     image, text, mask = integers(n, m)
     generator = torch.Generator().manual_seed(0)
     image_ids, text_ids = (torch.randint(0, 60, (size,), generator=generator) - 30 for size in (n, m))

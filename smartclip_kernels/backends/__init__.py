@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from smartclip_kernels.problem import Backend
 
-NAMES = ("cpu", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 
 DEFAULT_WORKSPACE_MB = {"cpu": 64, "cuda": 256}
 

@@ -12,6 +12,7 @@ from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients
 class ReferenceBackend:
     name = "reference"
     rounds_scores = False
+    cuts_sums = False
 
     def unavailable(self) -> str:
         return ""

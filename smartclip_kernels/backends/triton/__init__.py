@@ -11,19 +11,9 @@ import os
 
 import torch
 
+from smartclip_kernels.backends.device import METHOD
 from smartclip_kernels.engine import Launch, Side, TiledBackend
 from smartclip_kernels.problem import Problem
-from smartclip_kernels.tiles import Method
-
-# Near square: thin strips would read and write the gradients' sums again and again. A partial state is 28 bytes for
-# every 64 or more scores of a row, and the same of a column; a search holds keys of 8 bytes, and top-k's copies.
-METHOD = Method(
-    tiles=((16384, 16384), (8192, 16384), (8192, 8192), (4096, 8192), (4096, 4096), (2048, 4096), (2048, 2048),
-           (1024, 2048), (1024, 1024), (512, 1024), (512, 512)),
-    fused=True,
-    score_bytes=0.9,
-    search_bytes=24.0,
-)  # fmt: skip
 
 
 def interpreted() -> bool:
@@ -39,7 +29,7 @@ def _launch(problem: Problem, similarity: str, row: Side, column: Side, swapped:
 
 class TritonBackend(TiledBackend):
     def __init__(self) -> None:
-        super().__init__("triton", METHOD, _launch)
+        super().__init__("triton", METHOD, _launch, cuts_sums=not interpreted())
 
     def unavailable(self) -> str:
         if importlib.util.find_spec("triton") is None:

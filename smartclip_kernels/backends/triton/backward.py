@@ -13,11 +13,14 @@ from smartclip_kernels.backends.triton import objective, similarity, tile
 
 
 @triton.jit
-def _store(pointer, x, i, j, n, m):
-    """Into (n, m). What half precision cannot hold is brought inside: infinite, it would make NaN of every sum."""
+def _store(pointer, stride, x, i, j, n, m):
+    """Into (n, m), rows `stride` numbers apart.
+
+    What half precision cannot hold is brought inside: infinite, it would make NaN of every sum.
+    """
     if pointer.dtype.element_ty == tl.float16:
         x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
-    at = pointer + i.to(tl.int64)[:, None] * m + j[None, :]
+    at = pointer + i.to(tl.int64)[:, None] * stride + j[None, :]
     tl.store(at, x.to(pointer.dtype.element_ty), mask=(i < n)[:, None] & (j < m)[None, :])
 
 
@@ -59,6 +62,7 @@ def gradient(
     column_size,
     out_a,
     out_b,
+    out_stride,
     parameters,
     column_scores,
     row_partials,
@@ -127,9 +131,9 @@ def gradient(
         if column_scores is not None:
             tl.store(column_scores + row_block.to(tl.int64) * m + j, tl.sum(along_sim, 0), mask=j_inside)
         grad_a, grad_b = similarity.derivative(SIMILARITY, first[part], second[part], row, column, sim, grad)
-        _store(out_a, grad_a, i, j, n, m)
+        _store(out_a, out_stride, grad_a, i, j, n, m)
         if SIMILARITY != "dot":
-            _store(out_b, grad_b, i, j, n, m)
+            _store(out_b, out_stride, grad_b, i, j, n, m)
 
 
 @triton.jit
@@ -144,6 +148,7 @@ def derivative(
     unit,
     out_a,
     out_b,
+    out_stride,
     column_scores,
     n,
     m,
@@ -179,9 +184,9 @@ def derivative(
             sums = tl.sum(tl.where(inside, given * sim, 0.0), 0)
             tl.store(column_scores + row_block.to(tl.int64) * m + j, sums, mask=j_inside)
         grad_a, grad_b = similarity.derivative(SIMILARITY, first[part], second[part], row, column, sim, given)
-        _store(out_a, grad_a, i, j, n, m)
+        _store(out_a, out_stride, grad_a, i, j, n, m)
         if SIMILARITY != "dot":
-            _store(out_b, grad_b, i, j, n, m)
+            _store(out_b, out_stride, grad_b, i, j, n, m)
 
 
 @triton.jit

@@ -1,0 +1,25 @@
+// Which kernels were built, and the one kernel that is the same for all.
+#include "kernels.h"
+#include "vectors.cuh"
+
+namespace smartclip::cuda {
+namespace sm80 {
+const Kernels* find_bfloat16(const std::string& similarity, const std::string& objective);
+const Kernels* find_float16(const std::string& similarity, const std::string& objective);
+const Kernels* find_float32(const std::string& similarity, const std::string& objective);
+const Kernels* find_tf32(const std::string& similarity, const std::string& objective);
+}  // namespace sm80
+
+const Kernels* find(const std::string& element, const std::string& similarity, const std::string& objective) {
+  if (element == "bfloat16") return sm80::find_bfloat16(similarity, objective);
+  if (element == "float16") return sm80::find_float16(similarity, objective);
+  if (element == "float32") return sm80::find_float32(similarity, objective);
+  if (element == "tf32") return sm80::find_tf32(similarity, objective);
+  return nullptr;
+}
+
+void unit_of(const Unit& p, Stream stream) {
+  launch("unit", unit<kUnitThreads>, {1, kUnitThreads, sizeof(float) * kUnitThreads / 32}, stream, p);
+}
+
+}  // namespace smartclip::cuda

@@ -1,0 +1,122 @@
+// The launches of the CUDA backend: what each takes, and who makes them. No CUDA header here.
+#pragma once
+
+#include <string>
+
+#include "../problem.h"
+
+namespace smartclip::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// One side's panel: a matrix for every factor that a product has on that side.
+struct Operands {
+  static constexpr int kMost = 4;
+  const void* matrix[kMost] = {};
+  int64_t stride = 0;  // numbers from one row to the next; rows start at multiples of 16 bytes
+};
+
+// A part of the scores. Its vectors are those of the whole problem, its operands those of the part alone.
+struct Tile {
+  int64_t row = 0, column = 0;  // first
+  int rows = 0, columns = 0, depth = 0;
+  Operands row_operands, column_operands;
+  const int32_t* inexact = nullptr;  // on the device: not 0 where low halves of the columns' operands count
+};
+
+// What every kernel of scores takes. A block has a tile of rows and one of `parts` runs of tiles of columns.
+struct Scores {
+  Problem<float> problem;
+  Tile tile;
+  int column_tiles_a_block = 1, parts = 1;
+};
+
+struct Statistics : Scores {
+  float* row_partials = nullptr;     // (planes, parts of the columns, rows)
+  float* column_partials = nullptr;  // (planes, tiles of rows, columns)
+};
+
+// dL/daccumulator, in the operands' precision, and sums of the numbers before they were rounded.
+struct Derivative : Scores {
+  const float* grad_sim = nullptr;  // (rows, columns), dense: dL/dsim, where it is given
+  const float* unit = nullptr;      // what it is divided by; null: 1
+  void* out[2] = {};                // (rows, columns); rows start at multiples of 16 bytes
+  int64_t out_stride = 0;
+  float* column_scores = nullptr;  // (tiles of rows, columns): sums over a tile's rows of dL/dsim * sim; may be null
+};
+
+struct Gradient : Derivative {
+  double* parameters = nullptr;   // (blocks, 2): sums of G * sim and of G
+  float* row_partials = nullptr;  // as for Statistics; null where statistics are not asked for
+};
+
+struct Search : Scores {
+  enum What : int { kSim, kKeys, kBestPositive, kAhead };
+  What what = kSim;
+  bool per_column = false;  // anchors are columns, candidates rows
+  int64_t first = 0;        // index of the first candidate
+  void* out = nullptr;  // kSim float32, kKeys int64, by strides; else (tiles of candidates, anchors), int64 or int32
+  int64_t row_stride = 0, column_stride = 0;
+  const int64_t* best = nullptr;  // kAhead: key of each of the tile's anchors
+};
+
+// One side's vectors.
+struct Gather {
+  const float* partials = nullptr;  // (planes, blocks, count)
+  int blocks = 0, count = 0;
+  int64_t start = 0;  // of the side's anchors
+  bool first = false;
+  float smoothing = 0;
+  Side<float> side;
+};
+
+struct Anchors {
+  Side<float> side;
+  const float* unit = nullptr;  // weights are divided by it; null: 1
+  float smoothing = 0;
+};
+
+struct Unit {
+  const float* x[2] = {};
+  int64_t size[2] = {};
+  float room = 1;  // what the largest becomes
+  float* unit = nullptr;
+};
+
+// How the scores of a part are shared out among blocks.
+struct Plan {
+  int row_tiles = 0, column_tiles = 0;  // blocks of rows and of columns
+  int column_tiles_a_block = 0, parts = 0;
+
+  int64_t blocks() const { return int64_t(row_tiles) * parts; }
+};
+
+// What a block of a kernel takes of a multiprocessor, besides registers.
+struct Resources {
+  const char* kernel;
+  int threads;
+  size_t shared_bytes;
+};
+
+// Kernels of one element type, similarity and objective, on the current device. Launches do not wait.
+struct Kernels {
+  void (*statistics)(const Statistics&, const Plan&, Stream);
+  void (*gradient)(const Gradient&, const Plan&, Stream);
+  void (*derivative)(const Derivative&, const Plan&, Stream);  // null: dL/dsim is dL/daccumulator
+  void (*search)(const Search&, const Plan&, Stream);
+  void (*gather)(const Gather&, Stream);
+  void (*anchors)(const Anchors&, Stream);
+
+  Plan (*plan)(int rows, int columns, int multiprocessors);
+  int accumulators, statistics_planes, anchor_planes, row_operands, column_operands, element_bytes;
+  bool factors, low_halves, needs_statistics, both_sides;
+  Resources resources[4];  // of the kernels of scores
+};
+
+void unit_of(const Unit&, Stream);
+
+// Elements: "bfloat16", "float16", "float32", and "tf32", float32 rounded as it is multiplied. Null: no kernel is so
+// named.
+const Kernels* find(const std::string& element, const std::string& similarity, const std::string& objective);
+
+}  // namespace smartclip::cuda

@@ -1,0 +1,77 @@
+// Which pairs of a thread's fragment are positive, and which count at all.
+#pragma once
+
+#include "kernels.h"
+#include "tile/layout.h"
+
+namespace smartclip::cuda {
+
+// A block's tile: its first row and column in the part of the scores that a launch is for.
+struct Place {
+  int row, column;
+};
+
+// Where nearly all tiles are: every pair counts, none is positive. What is decided at compile time costs nothing.
+struct PlainPairs {
+  SK_DEVICE bool positive(int, int) const { return false; }
+  SK_DEVICE bool candidate(int, int) const { return true; }
+};
+
+// Row r against column c of a thread's fragment.
+template <class Config>
+class MixedPairs {
+  using F = Fragment<Config>;
+
+ public:
+  SK_DEVICE MixedPairs(const Scores& scores, Place place) : scores_(scores), place_(place) {}
+
+  SK_DEVICE bool positive(int r, int c) const {
+    return inside(r, c) && scores_.problem.row.id[row(r)] == scores_.problem.column.id[column(c)];
+  }
+  SK_DEVICE bool candidate(int r, int c) const {
+    return inside(r, c) && (positive(r, c) || !scores_.problem.row.ignore ||
+                            scores_.problem.row.ignore[row(r)] != scores_.problem.column.ignore[column(c)]);
+  }
+
+ private:
+  SK_DEVICE bool inside(int r, int c) const {
+    return place_.row + F::row(r) < scores_.tile.rows && place_.column + F::column(c) < scores_.tile.columns;
+  }
+  SK_DEVICE int64_t row(int r) const { return scores_.tile.row + place_.row + F::row(r); }
+  SK_DEVICE int64_t column(int c) const { return scores_.tile.column + place_.column + F::column(c); }
+
+  const Scores& scores_;
+  const Place place_;
+};
+
+// The ids of a thread's rows and columns, whether any two are equal.
+template <class Config>
+SK_DEVICE bool any_equal(const int32_t* row_ids, const int32_t* column_ids) {
+  using F = Fragment<Config>;
+  int32_t column[F::kColumns];
+#pragma unroll
+  for (int c = 0; c < F::kColumns; ++c) column[c] = column_ids[F::column(c)];
+  bool equal = false;
+#pragma unroll
+  for (int r = 0; r < F::kRows; ++r) {
+    const int32_t row = row_ids[F::row(r)];
+#pragma unroll
+    for (int c = 0; c < F::kColumns; ++c) equal |= row == column[c];
+  }
+  return equal;
+}
+
+// Whether all pairs of a warp's part of the tile are plain.
+template <class Config>
+SK_DEVICE bool plain_pairs(const Scores& scores, Place place) {
+  const Tile& tile = scores.tile;
+  const Side<float>&rows = scores.problem.row, &columns = scores.problem.column;
+  // The whole tile has to be there, before ids are read.
+  if (place.row + Config::kBlockN > tile.rows || place.column + Config::kBlockM > tile.columns) return false;
+  const int64_t row = tile.row + place.row, column = tile.column + place.column;
+  bool mixed = any_equal<Config>(rows.id + row, columns.id + column);
+  if (rows.ignore) mixed |= any_equal<Config>(rows.ignore + row, columns.ignore + column);
+  return !ptx::any_in_warp(mixed);
+}
+
+}  // namespace smartclip::cuda

@@ -1,0 +1,181 @@
+"""The CUDA backend: hand-written kernels for NVIDIA's GPUs of compute capability 8.0 and later."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smartclip_kernels.backends.device import METHOD, DeviceLaunch, Slots, size
+from smartclip_kernels.engine import Launch, Side, TiledBackend
+from smartclip_kernels.problem import Problem
+from smartclip_kernels.tiles import Tile
+
+EMULATOR = os.environ.get("SMARTCLIP_CUDA_EMULATOR", "")
+"""Path of the module that tests/emulator builds: the same kernels, compiled for the CPU. For tests; slow."""
+MULTIPROCESSORS_EMULATED = 4
+OLDEST = (8, 0)
+_VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor")
+_ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+REBUILD = "install the CUDA toolkit (nvcc) and install the package again"
+
+
+@cache
+def compiled() -> ModuleType:
+    """The module that has `Launch`.
+
+    Raises:
+        ImportError: it was not built, or does not load.
+    """
+    if EMULATOR:
+        spec = importlib.util.spec_from_file_location("_emulated", EMULATOR)
+        assert spec is not None and spec.loader is not None
+        emulated = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(emulated)
+        return emulated
+    module = importlib.import_module("smartclip_kernels._C")
+    if not hasattr(module, "cuda"):
+        raise ImportError("smartclip_kernels._C was built without CUDA")
+    device: ModuleType = module.cuda
+    return device
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if not EMULATOR else MULTIPROCESSORS_EMULATED
+
+
+def _element(dtype: torch.dtype) -> str:
+    """What the products multiply. float32 is exact, unless torch's own setting asks for TF32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return _ELEMENTS[dtype]
+
+
+class CudaLaunch(DeviceLaunch):
+    """Addresses for the compiled module; holds the tensors behind them."""
+
+    name = "cuda"
+
+    def __init__(self, problem: Problem, similarity: str, row: Side, column: Side, swapped: bool = False) -> None:
+        super().__init__(problem, row, column, swapped)
+        device = problem.image.device
+        self._split = problem.mask is not None and problem.image.dtype != problem.dtype
+        with self.on_device():
+            self._launch = compiled().Launch(
+                element=_element(problem.image.dtype),
+                similarity=similarity,
+                objective=problem.objective,
+                row=_addresses(self.image),
+                column=_addresses(self.text),
+                scale=self.scale.data_ptr(),
+                bias=_address(self.bias),
+                label_smoothing=problem.label_smoothing,
+                multiprocessors=_multiprocessors(device),
+                stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+            )
+
+    def slots(self, kernel: str, tile: Tile) -> Slots:
+        row_tiles, column_tiles, parts = self._launch.plan(size(tile.rows), size(tile.columns))
+        return Slots(column_tiles if kernel == "scores" else parts, row_tiles, row_tiles * parts)
+
+    def run_statistics(self, tile: Tile, row_partials: Tensor, column_partials: Tensor | None) -> None:
+        with self.on_device():
+            self._launch.statistics(*self._part(tile), row_partials.data_ptr(), _address(column_partials))
+
+    def run_gather(self, partials: Tensor, side: Side, start: int, first: bool) -> None:
+        _, blocks, count = partials.shape
+        with self.on_device():
+            self._launch.gather(side is self.text, partials.data_ptr(), blocks, count, start, first)
+
+    def run_anchors(self, side: Side) -> None:
+        with self.on_device():
+            self._launch.anchors(side is self.text, _address(self.unit))
+
+    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor) -> None:
+        with self.on_device():
+            self._launch.unit(x.data_ptr(), x.numel(), y.data_ptr(), y.numel(), room, unit.data_ptr())
+
+    def run_gradient(
+        self,
+        tile: Tile,
+        out: list[Tensor],
+        parameters: Tensor,
+        column_scores: Tensor | None,
+        row_partials: Tensor | None,
+    ) -> None:
+        sums = (parameters.data_ptr(), _address(column_scores), _address(row_partials))
+        with self.on_device():
+            self._launch.gradient(*self._part(tile), _panel(out), *sums)
+
+    def run_derivative(self, tile: Tile, grad_sim: Tensor, out: list[Tensor], column_scores: Tensor | None) -> None:
+        given = (grad_sim.data_ptr(), _address(self.unit))
+        with self.on_device():
+            self._launch.derivative(*self._part(tile), *given, _panel(out), _address(column_scores))
+
+    def run_scores(
+        self, what: str, tile: Tile, out: Tensor, strides: tuple[int, ...], first: int, best: Tensor | None
+    ) -> None:
+        search = (what, self.swapped, first, out.data_ptr(), *strides, _address(best))
+        with self.on_device():
+            self._launch.search(*self._part(tile), *search)
+
+    def _part(self, tile: Tile) -> tuple[Any, ...]:
+        """Where a tile lies, D, its operands, and whether the low halves of the columns' count."""
+        rows, columns = tile.rows, tile.columns
+        box = (rows.start, size(rows), columns.start, size(columns))
+        operands: Sequence[Tensor] = tile.column_operands
+        inexact: Tensor | None = None
+        if self._split:
+            *operands, inexact = operands
+        return box, self.problem.d, _panel(tile.row_operands), _panel(operands), _address(inexact)
+
+
+def _addresses(side: Side) -> dict[str, int]:
+    vectors = ((name, getattr(side, name)) for name in _VECTORS)
+    return {"size": side.size} | {name: x.data_ptr() for name, x in vectors if x is not None}
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _panel(matrices: Sequence[Tensor]) -> tuple[list[int], int]:
+    return [x.data_ptr() for x in matrices], matrices[0].stride(0)
+
+
+class CudaBackend(TiledBackend):
+    def __init__(self) -> None:
+        super().__init__("cuda", METHOD, _launch, cuts_sums=True)
+
+    def unavailable(self) -> str:
+        try:
+            compiled()
+        except ImportError as error:
+            return f"its kernels are not there ({error}); {REBUILD}"
+        if EMULATOR:
+            return ""
+        if not torch.cuda.is_available() or torch.version.hip:
+            return "torch sees no NVIDIA GPU here"
+        capability = torch.cuda.get_device_capability()
+        if capability < OLDEST:
+            name = "{}.{}".format(*capability)
+            return f"this GPU has compute capability {name}, its kernels need 8.0; backend='triton' may run on it"
+        return ""
+
+    def runs_on(self, device_type: str) -> bool:
+        return device_type == ("cpu" if EMULATOR else "cuda")
+
+
+def _launch(problem: Problem, similarity: str, row: Side, column: Side, swapped: bool = False) -> Launch:
+    return CudaLaunch(problem, similarity, row, column, swapped)
+
+
+BACKEND = CudaBackend()

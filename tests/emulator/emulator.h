@@ -1,0 +1,66 @@
+// What the twins in ptx/ call. Every thread of a block is a fibre of one OS thread; a launch is a loop over blocks.
+//
+// SMARTCLIP_EMULATOR, read at every launch, chooses among the orders that the machine is free to choose:
+//   order=ascending|reverse|random   of the blocks, and of what runs next in one
+//   copies=latest|earliest|random    when cp.async reads and writes
+//   seed=N                           of both
+// As in SMARTCLIP_EMULATOR=order=random,copies=random,seed=3. Results must not depend on it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace smartclip::emulator {
+
+// Of a call: the last parameter of a twin, which nobody gives.
+struct Where {
+  const char* file;
+  int line;
+};
+#define SK_HERE ::smartclip::emulator::Where where = {__builtin_FILE(), __builtin_LINE()}
+
+// Not thread_local, which would ask at every use whether it is initialised. Few bytes, so a module that is loaded late
+// has room for them.
+#define SK_THREAD_LOCAL __attribute__((tls_model("initial-exec"))) __thread
+
+struct Identity {
+  int64_t block = 0;
+  int thread = 0, warp = 0, lane = 0;
+};
+
+// Of the fibre that runs. A fibre never changes its OS thread, so the compiler may keep the address.
+extern SK_THREAD_LOCAL const Identity* identity;
+
+enum class Instruction {
+  kShuffle,
+  kAny,
+  kLoadMatrices,
+  kMultiplyBfloat16,
+  kMultiplyHalf,
+  kMultiplyTf32,
+  kSyncBlock,
+  kSharedStorage,
+  kSharedAddress,
+  kCopy
+};
+
+// Together: lanes wait for their warp, threads for their block. What calls these is part of the kernel, so the place
+// that they return to tells one collective from another.
+uint64_t shuffle_xor(uint64_t value, int mask, Where where);
+bool any_in_warp(bool value, Where where);
+void load_matrices(uint32_t* out, const void* row, Where where);
+void multiply_add(Instruction instruction, float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Where where);
+void sync_block(Where where);
+
+// Shared memory.
+void* shared_storage(size_t bytes, Where where);
+uint32_t shared_address(const void* generic, Where where);
+void copy_async_16(void* shared, const void* global, int bytes, Where where);
+void commit_copies();
+void wait_for_copies(int pending);
+
+// Runs body(argument) in every thread of every block. Throws std::runtime_error where a thread does what it must not.
+void run(const char* name, int64_t blocks, int threads, size_t shared_bytes, void (*body)(const void*),
+         const void* argument);
+
+}  // namespace smartclip::emulator

@@ -1,0 +1,215 @@
+"""What only the CUDA backend has. Its accuracy is tested with the others': by the emulator, and on a device if any."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import smartclip_kernels as sk
+from bench import cuda_ahead
+from smartclip_kernels import reference, testing
+from smartclip_kernels.backends import cpu, cuda
+from smartclip_kernels.testing import check_loss, make_inputs
+from tests.emulator import build
+from tests.emulator.kernels import kernels_module
+
+emulated = pytest.mark.skipif("cuda" not in sk.available_backends(), reason="no g++ to build the emulator with")
+
+
+def has_kernels() -> bool:
+    try:
+        return hasattr(cpu.compiled(), "cuda")
+    except ImportError:
+        return False
+
+
+@emulated
+def test_traits_of_objectives_are_those_of_the_compiled_code() -> None:
+    number = torch.ones(1)
+    for name, traits in reference.OBJECTIVES.items():
+        side = {"size": 1}
+        launch = cuda.compiled().Launch(
+            element="float32", similarity="dot", objective=name, row=side, column=side, scale=number.data_ptr(),
+            multiprocessors=1,
+        )  # fmt: skip
+        assert launch.statistics_planes == traits.statistics
+        assert launch.anchor_planes == traits.anchor
+        assert launch.needs_statistics == traits.needs_statistics
+        assert launch.both_sides == traits.both_sides
+
+
+@emulated
+@pytest.mark.parametrize("order", ["order=reverse", "order=random,seed=1", "copies=earliest", "copies=random,seed=2"])
+@pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+def test_no_order_of_the_machine_shows(
+    order: str, similarity: Any, objective: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> None:
+    """Blocks, warps and copies run in whatever order: the same bits."""
+    inputs = make_inputs(140, 150, 72, similarity=similarity, objective=objective, dtype=torch.bfloat16, ids=True)
+    monkeypatch.setenv("SMARTCLIP_EMULATOR", "")
+    expected = testing.evaluate(inputs, testing.fused_loss("cuda")).values
+    monkeypatch.setenv("SMARTCLIP_EMULATOR", order)
+    for name, value in testing.evaluate(inputs, testing.fused_loss("cuda")).values.items():
+        assert torch.equal(value, expected[name]), name
+
+
+@emulated
+@pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+def test_tf32_is_multiplied_as_such_and_only_when_asked_for(
+    similarity: Any, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operands have ten digits then: wrong by 2⁻¹¹ or so, and right to float32 for features that have no more."""
+    inputs = make_inputs(140, 150, 72, similarity=similarity, objective=objective)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    if similarity == "dot":
+        image, text = ((x * 2**6).round() / 2**6 for x in (inputs.image, inputs.text))
+        check_loss(replace(inputs, image=image, text=text), backend="cuda")
+    got = testing.evaluate(inputs, testing.fused_loss("cuda")).values
+    for name, true in testing.truth(inputs).values.items():
+        off = (got[name].double() - true).abs().max() / true.abs().max()
+        assert off < 0.02, f"{name}: {off}"
+    with pytest.raises(AssertionError):
+        check_loss(inputs, backend="cuda")
+
+
+@emulated
+def test_columns_of_several_tiles_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One multiprocessor: a block goes over several tiles of columns, and keeps its rows' states meanwhile."""
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
+    for objective in ("softmax", "sigmoid"):
+        inputs = make_inputs(300, 1700, 16, objective=objective, dtype=torch.bfloat16, bias=-1.0, ignore=True)
+        launch = cuda.compiled().Launch(
+            element="bfloat16", similarity="dot", objective=objective, row={"size": 1}, column={"size": 1},
+            scale=torch.ones(1).data_ptr(), multiprocessors=1,
+        )  # fmt: skip
+        row_tiles, column_tiles, parts = launch.plan(300, 1700)
+        assert row_tiles == 3 and 1 < parts < column_tiles
+        check_loss(inputs, backend="cuda")
+
+
+@emulated
+@pytest.mark.parametrize("d", [1, 3, 9, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_any_length_and_stride(d: int, dtype: torch.dtype) -> None:
+    """Rows that do not start at multiples of 16 bytes are copied to such, once; what lies between them is not read."""
+    inputs = make_inputs(40, 30, d, dtype=dtype)
+    wide = torch.full((40, 2 * d + 5), torch.nan, dtype=dtype)
+    wide[:, 1 : d + 1] = inputs.image
+    check_loss(replace(inputs, image=wide[:, 1 : d + 1]), backend="cuda")
+    check_loss(make_inputs(40, 30, d, dtype=dtype, similarity="masked_cosine", mask="soft"), backend="cuda")
+
+
+@emulated
+def test_addresses_are_checked() -> None:
+    x, scale = torch.ones(8, 8), torch.ones(1)
+    side = {"size": 8}
+    arguments = {"element": "float32", "similarity": "dot", "objective": "softmax", "scale": scale.data_ptr()}
+    make = cuda.compiled().Launch
+    launch = make(**arguments, row=side, column=side, multiprocessors=1)
+    panel = ([x.data_ptr()], 8)
+    box = (0, 8, 0, 8)
+    with pytest.raises(ValueError, match="id is null"):
+        launch.statistics(box, 8, panel, panel, 0, x.data_ptr(), x.data_ptr())
+    with pytest.raises(ValueError, match="outside the scores"):
+        launch.statistics((0, 9, 0, 8), 8, panel, panel, 0, x.data_ptr(), x.data_ptr())
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        launch.statistics(box, 8, ([x.data_ptr() + 4], 8), panel, 0, x.data_ptr(), x.data_ptr())
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        launch.statistics(box, 7, ([x.data_ptr()], 7), panel, 0, x.data_ptr(), x.data_ptr())
+    with pytest.raises(ValueError, match="less than a row"):
+        launch.statistics(box, 9, panel, panel, 0, x.data_ptr(), x.data_ptr())
+    with pytest.raises(ValueError, match="no kernel for float8"):
+        make(**arguments | {"element": "float8"}, row=side, column=side, multiprocessors=1)
+    with pytest.raises(ValueError, match="factor is null"):
+        make(**arguments | {"similarity": "masked_cosine"}, row=side, column=side, multiprocessors=1)
+
+
+def test_without_a_gpu_it_says_why(run_python: Any) -> None:
+    code = "import smartclip_kernels as sk, torch\nx = torch.eye(4)\nsk.clip_loss(x, x, 1.0, backend='cuda')"
+    result = run_python(code, SMARTCLIP_CUDA_EMULATOR=None, CUDA_VISIBLE_DEVICES="")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: backend: 'cuda' is not available: ")
+    assert ("sees no NVIDIA GPU" if has_kernels() else "nvcc") in last
+
+
+@pytest.mark.skipif(not has_kernels(), reason="the module was built without nvcc")
+@pytest.mark.skipif(cuda_ahead.find_cuobjdump() is None, reason="no cuobjdump")
+def test_no_kernel_spills() -> None:
+    instances = cuda_ahead.report()
+    assert {x.kernel for x in instances} == set(cuda_ahead.KERNELS)
+    assert {x.element for x in instances if x.threads} == set(cuda_ahead.ELEMENTS)
+    assert len([x for x in instances if x.threads]) >= 4 * (4 + 4 + 2 + 1)
+    assert not [repr(x) for x in instances if not x.sound]
+    half = [x for x in instances if x.threads and x.element in ("bfloat16", "float16")]
+    assert min(x.blocks for x in half) == 2  # one multiplies while the other is in its epilogue
+
+
+# --- the emulator sees faults in the kernels themselves ------------------------------------------------------------
+
+FAULTS = {
+    "a wrong swizzle": ("sm80/products.cuh", "to + swizzled<Config::kRowBytes>(row, chunk_)",
+                        "to + row * Config::kRowBytes + 16 * chunk_"),
+    "a wrong number of groups": ("sm80/products.cuh", "wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
+    "a wrong fragment index": ("tile/layout.h", "ptx::lane_index() / 4 + r % 2 * 8",
+                               "ptx::lane_index() / 4 * 2 + r % 2"),
+    "an output left unwritten": ("tile/store.h", "if (row < tile.rows && place.column + column < tile.columns)",
+                                 "if (row + 1 < tile.rows && place.column + column < tile.columns)"),
+    "states of one warp alone": ("sm80/forward.cuh", "for (int warp = 1; warp < Config::kWarpsN; ++warp) state.merge",
+                                 "for (int warp = 1; warp < 1; ++warp) state.merge"),
+}  # fmt: skip
+CHECK = """
+import torch
+from smartclip_kernels.testing import check_loss, make_inputs
+torch.use_deterministic_algorithms(True)
+check_loss(make_inputs(140, 150, 72, dtype=torch.bfloat16), backend="cuda")
+"""
+
+
+def faulty_module(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
+    """The bfloat16 kernels with one fault."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    text = (csrc / "cuda" / file).read_text()
+    assert text.count(right) == 1, f"{file} has it {text.count(right)} times: {right}"
+    (csrc / "cuda" / file).write_text(text.replace(right, wrong))
+    return kernels_module(csrc=csrc, elements=("bfloat16",))
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, tmp_path: Path, run_python: Any) -> None:
+    module = faulty_module(tmp_path, *FAULTS[fault])
+    result = run_python(CHECK, SMARTCLIP_CUDA_EMULATOR=str(module), PYTHONPATH=str(Path.cwd()))
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(("AssertionError: ", "RuntimeError: ")), last
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", ["before a stage is used again", "none is taken out"])
+def test_a_missing_barrier_is_a_race(barrier: str, tmp_path: Path) -> None:
+    """ThreadSanitizer sees threads as fibres that only barriers order."""
+    if reason := build.why_not_sanitized():
+        pytest.skip(reason)
+    csrc = tmp_path / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    products = csrc / "cuda" / "sm80" / "products.cuh"
+    text, right = products.read_text(), "ptx::wait_for_copies<kStages - 2>();\n      ptx::sync_block();"
+    assert text.count(right) == 1
+    if barrier != "none is taken out":
+        products.write_text(text.replace(right, "ptx::wait_for_copies<kStages - 2>();"))
+    module = kernels_module("tsan", csrc=csrc, elements=("bfloat16",))
+    result = build.sanitized(["-c", CHECK], environment={"SMARTCLIP_CUDA_EMULATOR": str(module)})
+    if barrier == "none is taken out":
+        assert result.returncode == 0, result.stderr[-2000:]
+    else:
+        assert "ThreadSanitizer: data race" in result.stderr, result.stderr[-2000:]
