@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 SIMULATED = ("cuda", "triton")
+NOT_SIMULATED: dict[str, str | None] = {"TRITON_INTERPRET": None, "SMARTCLIP_CUDA_EMULATOR": None}
+"""Of the environment, for a process in which they are not to be there."""
 
 
 def simulate() -> None:

@@ -12,7 +12,7 @@ import torch
 import smartclip_kernels as sk
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.backends import cpu
-from tests.simulated import SIMULATED
+from tests.simulated import NOT_SIMULATED, SIMULATED
 
 CPU = torch.device("cpu")
 
@@ -88,12 +88,12 @@ x = torch.eye(4)
 def test_without_the_compiled_module(run_python: Any) -> None:
     """A named backend raises with the remedy; unnamed, the reference runs and says so."""
     result = run_python(
-        WITHOUT_MODULE + "print(sk.available_backends()); sk.clip_loss(x, x, 1.0, backend='cpu')", TRITON_INTERPRET=None
+        WITHOUT_MODULE + "print(sk.available_backends()); sk.clip_loss(x, x, 1.0, backend='cpu')", **NOT_SIMULATED
     )
     assert result.stdout.strip() == "['reference']"  # of those that need no variable in the environment
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: backend: 'cpu' is not available") and "install" in last
-    result = run_python(WITHOUT_MODULE + "print(float(sk.clip_loss(x, x, 1.0)))", TRITON_INTERPRET=None)
+    result = run_python(WITHOUT_MODULE + "print(float(sk.clip_loss(x, x, 1.0)))", **NOT_SIMULATED)
     assert result.returncode == 0
     assert "RuntimeWarning" in result.stderr and "smartclip_kernels.info" in result.stderr
     quiet = run_python(WITHOUT_MODULE + "warnings.simplefilter('error'); sk.clip_loss(x, x, 1.0, backend='reference')")

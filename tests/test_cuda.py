@@ -12,11 +12,12 @@ import torch
 
 import smartclip_kernels as sk
 from bench import cuda_ahead
-from smartclip_kernels import reference, testing
+from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.backends import cpu, cuda
 from smartclip_kernels.testing import check_loss, make_inputs
 from tests.emulator import build
 from tests.emulator.kernels import kernels_module
+from tests.simulated import NOT_SIMULATED
 
 emulated = pytest.mark.skipif("cuda" not in sk.available_backends(), reason="no g++ to build the emulator with")
 
@@ -131,9 +132,17 @@ def test_addresses_are_checked() -> None:
         make(**arguments | {"similarity": "masked_cosine"}, row=side, column=side, multiprocessors=1)
 
 
+def test_it_is_the_default_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(backends.load(name), "unavailable", lambda: "")
+        monkeypatch.setattr(backends.load(name), "runs_on", lambda device: device == "cuda")
+    assert backends.default("cuda") == "cuda"
+    assert backends.default("cpu") == "cpu"
+
+
 def test_without_a_gpu_it_says_why(run_python: Any) -> None:
     code = "import smartclip_kernels as sk, torch\nx = torch.eye(4)\nsk.clip_loss(x, x, 1.0, backend='cuda')"
-    result = run_python(code, SMARTCLIP_CUDA_EMULATOR=None, CUDA_VISIBLE_DEVICES="")
+    result = run_python(code, **NOT_SIMULATED, CUDA_VISIBLE_DEVICES="")
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: backend: 'cuda' is not available: ")
     assert ("sees no NVIDIA GPU" if has_kernels() else "nvcc") in last
