@@ -130,7 +130,7 @@ def table(instances: list[Instance]) -> str:
     """Markdown."""
     heads = "| kernel | sm | registers | local bytes | threads | shared KiB | blocks an SM | matrix instructions |"
     lines = [heads, "|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for x in sorted(instances, key=lambda x: (x.architecture, str(x))):
+    for x in sorted(set(instances), key=lambda x: (x.architecture, str(x))):
         block = f"{x.threads} | {x.shared / 1024:.1f} | {x.blocks} | {x.matrix}" if x.threads else " |  |  | "
         lines.append(f"| {x} | {x.architecture} | {x.registers} | {x.local} | {block} |")
     return "\n".join(lines) + "\n"
