@@ -73,7 +73,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("CMakeLists.txt", "LICENSE", "NOTICE", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, source)
-    environment = {**os.environ, "CMAKE_ARGS": f"-DSMARTCLIP_SANITIZE={SANITIZERS} -DSMARTCLIP_DEV=ON"}
+    arguments = f"-DSMARTCLIP_SANITIZE={SANITIZERS} -DSMARTCLIP_DEV=ON -DSMARTCLIP_CUDA=0"
+    environment = {**os.environ, "CMAKE_ARGS": arguments}
     command = [sys.executable, "-c", BUILD, str(target)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
