@@ -51,7 +51,7 @@ def default(device_type: str) -> str:
     """The backend that runs for tensors on such a device when nobody named one."""
     for name in NAMES:
         backend = load(name)
-        if not backend.unavailable() and backend.runs_on(device_type):
+        if backend.runs_on(device_type) and not backend.unavailable():
             return name
     raise RuntimeError(f"backend: none runs on device type {device_type!r} here")
 
