@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 CPP := $(shell find csrc bindings tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # A missing compiler is an error here, not a slow run; SMARTCLIP_BUILD=0 asks for the backends in Python only.
 export SMARTCLIP_BUILD ?= 1
-# One architecture shows that the CUDA kernels compile; an installation builds for all of CMakeLists.txt's.
-export CUDA_ARCHS ?= 80
+# Enough to compile all CUDA kernels once; an installation builds for all architectures of CMakeLists.txt.
+export CUDA_ARCHS ?= 80-real;90a-real
 
 # Two processes with a thread each: most tests are too small for two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal

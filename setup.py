@@ -2,7 +2,7 @@
 
 Environment: SMARTCLIP_BUILD=0 leaves the compiled module out, SMARTCLIP_BUILD=1 makes a missing compiler an error,
 CXX names the compiler, CMAKE_ARGS adds arguments for CMake. SMARTCLIP_CUDA=0 leaves the CUDA kernels out, 1 makes a
-missing nvcc an error; CUDA_ARCHS names their architectures ("80-real;90" by default), CUDACXX the nvcc.
+missing nvcc an error; CUDA_ARCHS names their architectures ("80-real;90;90a-real" by default), CUDACXX the nvcc.
 """
 
 from __future__ import annotations

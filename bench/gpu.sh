@@ -68,7 +68,7 @@ step_peers() {
 }
 
 step_build() {
-  local archs='import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}{chr(97) * (a == 9)}-real")'
+  local archs='import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}-real" + ";90a-real" * ((a, b) == (9, 0)))'
   CUDA_ARCHS=${CUDA_ARCHS:-$(python3 -c "$archs")}
   export CUDA_ARCHS SMARTCLIP_BUILD=1 SMARTCLIP_CUDA=1
   echo "CUDA_ARCHS=$CUDA_ARCHS"

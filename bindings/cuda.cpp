@@ -2,8 +2,6 @@
 // the stream it was made for, and do not wait. Checked as in module.cpp.
 #include "cuda.h"
 
-#include <map>
-
 #include "cuda/kernels.h"
 
 namespace smartclip::cuda {
@@ -14,21 +12,28 @@ using Panel = std::tuple<Addresses, int64_t>;
 
 class Launch {
  public:
-  Launch(const std::string& element, const std::string& similarity, const std::string& objective, const py::dict& row,
-         const py::dict& column, uintptr_t scale, uintptr_t bias, double label_smoothing, int multiprocessors,
-         uintptr_t stream)
-      : kernels_(find(element, similarity, objective)),
+  Launch(const std::string& architecture, const std::string& element, const std::string& similarity,
+         const std::string& objective, const py::dict& row, const py::dict& column, uintptr_t scale, uintptr_t bias,
+         double label_smoothing, int multiprocessors, uintptr_t stream)
+      : kernels_(find(architecture, element, similarity, objective)),
         multiprocessors_(multiprocessors),
         stream_(reinterpret_cast<Stream>(stream)) {
-    if (!kernels_) refuse("no kernel for " + element + ", " + similarity + " and " + objective);
+    if (!kernels_) refuse("no kernel for " + architecture + ", " + element + ", " + similarity + " and " + objective);
     if (multiprocessors < 1) refuse("multiprocessors must be at least 1");
     problem_ = problem_of<float>(row, column, scale, bias, label_smoothing, kernels_->factors);
   }
 
-  // (tiles of rows, tiles of columns, parts of the columns)
-  std::tuple<int, int, int> plan(int rows, int columns) const {
+  // How many results a kernel leaves of each row, of each column, and of all scores.
+  std::tuple<int64_t, int64_t, int64_t> slots(int rows, int columns, bool search) const {
     const Plan plan = plan_of(rows, columns);
-    return {plan.row_tiles, plan.column_tiles, plan.parts};
+    const Slots& slots = search ? plan.search_slots : plan.slots;
+    return {slots.of_rows, slots.of_columns, slots.of_all};
+  }
+
+  // Tiles of rows and of columns.
+  std::tuple<int, int> tiles(int rows, int columns) const {
+    const Plan plan = plan_of(rows, columns);
+    return {plan.row_tiles, plan.column_tiles};
   }
 
   void statistics(const Box& box, int depth, const Panel& rows, const Panel& columns, uintptr_t inexact,
@@ -194,20 +199,26 @@ void define(py::module_& module) {
   using py::arg;
   module.def(
       "resources",
-      [](const std::string& element, const std::string& similarity, const std::string& objective) {
-        const Kernels* const kernels = find(element, similarity, objective);
-        if (!kernels) refuse("no kernel for " + element + ", " + similarity + " and " + objective);
-        std::map<std::string, std::tuple<int, size_t>> of;
-        for (const Resources& r : kernels->resources) of[r.kernel] = {r.threads, r.shared_bytes};
+      [](const std::string& architecture, const std::string& element, const std::string& similarity,
+         const std::string& objective) {
+        std::vector<std::tuple<std::string, int, int, size_t>> of;
+        if (const Kernels* const kernels = find(architecture, element, similarity, objective))
+          for (int k = 0; k < kernels->resources_count; ++k) {
+            const Resources& r = kernels->resources[k];
+            of.emplace_back(r.kernel, r.columns, r.threads, r.shared_bytes);
+          }
         return of;
       },
-      arg("element"), arg("similarity"), arg("objective"), "Kernel -> threads and bytes of shared memory of a block.");
+      arg("architecture"), arg("element"), arg("similarity"), arg("objective"),
+      "Kernel, columns of its tile, threads and bytes of shared memory of a block; empty where there is no kernel.");
   py::class_<Launch>(module, "Launch")
-      .def(py::init<const std::string&, const std::string&, const std::string&, const py::dict&, const py::dict&,
-                    uintptr_t, uintptr_t, double, int, uintptr_t>(),
-           py::kw_only(), arg("element"), arg("similarity"), arg("objective"), arg("row"), arg("column"), arg("scale"),
-           arg("bias") = 0, arg("label_smoothing") = 0.0, arg("multiprocessors"), arg("stream") = 0)
-      .def("plan", &Launch::plan, arg("rows"), arg("columns"))
+      .def(py::init<const std::string&, const std::string&, const std::string&, const std::string&, const py::dict&,
+                    const py::dict&, uintptr_t, uintptr_t, double, int, uintptr_t>(),
+           py::kw_only(), arg("architecture"), arg("element"), arg("similarity"), arg("objective"), arg("row"),
+           arg("column"), arg("scale"), arg("bias") = 0, arg("label_smoothing") = 0.0, arg("multiprocessors"),
+           arg("stream") = 0)
+      .def("slots", &Launch::slots, arg("rows"), arg("columns"), arg("search"))
+      .def("tiles", &Launch::tiles, arg("rows"), arg("columns"))
       .def("statistics", &Launch::statistics)
       .def("gradient", &Launch::gradient)
       .def("derivative", &Launch::derivative)

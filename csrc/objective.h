@@ -1,12 +1,15 @@
 // What the scores cost: from logits to statistics, from statistics to losses, and from both to G = dL/dlogit.
 //
 // V is a number or a pack of numbers, M what comparing two of them gives. An objective has
-//   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state;
-//              of_others() makes it of `count` candidates at once none of which is positive, from the sum of their
-//              other_term(logit, shift), with the largest of them for a shift where the objective kShifts
+//   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state
 //   loss       of an anchor, from its statistics
 //   anchor     from an anchor's statistics and weight (the gradient of its loss) to the kAnchor numbers that G needs
 //   gradient   G of a pair, from its logit and both anchors
+// Nearly all candidates are not positive. Of those a sweep may do many at once:
+//   Others<V>  their sum; with a shift that none of the logits exceeds, where the objective kShifts
+//   State::of_others  the state of `count` of them, from that sum
+//   G of one = other_slope(logit, shift) * (share(row's anchor, shift) + share(column's)) - even(row's) -
+//   even(column's) shift_of   an anchor's own; shares are finite for shifts near it
 // and says what a tile loop has to know of it. Adding an objective ends here: no loop names one.
 #pragma once
 
@@ -65,9 +68,13 @@ struct Softmax {
   };
 
   template <class V>
-  SK_HOST_DEVICE static V other_term(V logit, V shift) {
-    return exp(logit - shift);
-  }
+  struct Others {
+    static constexpr int kMost = 1 << 20;
+    V mass = V(0);
+
+    SK_HOST_DEVICE void add(V logit, V shift) { mass += exp(logit - shift); }
+    SK_HOST_DEVICE V sum() const { return mass; }
+  };
 
   // log(1 + others / positive) where a lone positive dominates: the general form would round at 1. There, max is
   // subtracted before the logarithm is added: their sum would round at the size of the logits.
@@ -105,6 +112,23 @@ struct Softmax {
     return select(candidate, part(logit, row, positive) + part(logit, column, positive), V(0));
   }
 
+  template <class V>
+  SK_HOST_DEVICE static V shift_of(const V* anchor) {
+    return anchor[0];
+  }
+  template <class V>
+  SK_HOST_DEVICE static V other_slope(V logit, V shift) {
+    return exp(logit - shift);
+  }
+  template <class V>
+  SK_HOST_DEVICE static V share(const V* anchor, V shift) {
+    return exp(shift - anchor[0]) * anchor[1];
+  }
+  template <class V>
+  SK_HOST_DEVICE static V even(const V* anchor) {
+    return anchor[4];
+  }
+
  private:
   template <class V, class M>
   SK_HOST_DEVICE static V part(V logit, const V* anchor, M positive) {
@@ -131,7 +155,7 @@ struct Sigmoid {
 
     template <class M>
     SK_HOST_DEVICE void add(V logit, M positive, M candidate) {
-      sum += select(candidate, other_term(select(positive, -logit, logit), V(0)), V(0));
+      sum += select(candidate, softplus(select(positive, -logit, logit)), V(0));
     }
 
     SK_HOST_DEVICE void merge(const State& other) { sum += other.sum; }
@@ -139,9 +163,24 @@ struct Sigmoid {
 
   // softplus(t) = max(t, 0) + log(1 + e^{-|t|}), t = -z s
   template <class V>
-  SK_HOST_DEVICE static V other_term(V t, V) {
+  SK_HOST_DEVICE static V softplus(V t) {
     return select(t < V(0), V(0), t) + log1p_unit(exp(-abs(t)));
   }
+
+  // One logarithm for all: of the product of 1 + e^{-|t|}, which is at most 2^kMost. Kept less 1, so that small terms
+  // are exact: (1 + p) (1 + e) - 1 = p e + (p + e).
+  template <class V>
+  struct Others {
+    static constexpr int kMost = 120;
+    V positive_part = V(0), product = V(0);
+
+    SK_HOST_DEVICE void add(V logit, V) {
+      const V e = exp(-abs(logit));
+      positive_part += select(logit < V(0), V(0), logit);
+      product = product * e + (product + e);
+    }
+    SK_HOST_DEVICE V sum() const { return positive_part + log1p(product); }
+  };
 
   template <class V>
   SK_HOST_DEVICE static V loss(const State<V>& state, V) {
@@ -156,10 +195,27 @@ struct Sigmoid {
   // -z sigmoid(t), t = -z s
   template <class V, class M>
   SK_HOST_DEVICE static V gradient(V logit, const V* row, const V*, M positive, M candidate) {
-    const V t = select(positive, -logit, logit);
+    const V slope = other_slope(select(positive, -logit, logit), V(0));
+    return select(candidate, select(positive, -slope, slope) * row[0], V(0));
+  }
+
+  template <class V>
+  SK_HOST_DEVICE static V shift_of(const V*) {
+    return V(0);
+  }
+  // sigmoid(t)
+  template <class V>
+  SK_HOST_DEVICE static V other_slope(V t, V) {
     const V small = exp(-abs(t));
-    const V sigmoid = select(t < V(0), small, V(1)) / (V(1) + small);
-    return select(candidate, select(positive, -sigmoid, sigmoid) * row[0], V(0));
+    return select(t < V(0), small, V(1)) / (V(1) + small);
+  }
+  template <class V>
+  SK_HOST_DEVICE static V share(const V* anchor, V) {
+    return anchor[0];
+  }
+  template <class V>
+  SK_HOST_DEVICE static V even(const V*) {
+    return V(0);
   }
 };
 

@@ -35,7 +35,7 @@ def test_traits_of_objectives_are_those_of_the_compiled_code() -> None:
     for name, traits in reference.OBJECTIVES.items():
         side = {"size": 1}
         launch = cuda.compiled().Launch(
-            element="float32", similarity="dot", objective=name, row=side, column=side, scale=number.data_ptr(),
+            architecture="sm_80", element="float32", similarity="dot", objective=name, row=side, column=side, scale=number.data_ptr(),
             multiprocessors=1,
         )  # fmt: skip
         assert launch.statistics_planes == traits.statistics
@@ -48,10 +48,17 @@ def test_traits_of_objectives_are_those_of_the_compiled_code() -> None:
 @pytest.mark.parametrize("order", ["order=reverse", "order=random,seed=1", "copies=earliest", "copies=random,seed=2"])
 @pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
 def test_no_order_of_the_machine_shows(
-    order: str, similarity: Any, objective: str, monkeypatch: pytest.MonkeyPatch, poisoned: None
+    architecture: str,
+    order: str,
+    similarity: Any,
+    objective: str,
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned: None,
 ) -> None:
-    """Blocks, warps and copies run in whatever order: the same bits."""
+    """Blocks, warps and engines run in whatever order: the same bits."""
+    monkeypatch.setattr(cuda, "ARCHITECTURE", architecture)
     inputs = make_inputs(140, 150, 72, similarity=similarity, objective=objective, dtype=torch.bfloat16, ids=True)
     monkeypatch.setenv("SMARTCLIP_EMULATOR", "")
     expected = testing.evaluate(inputs, testing.fused_loss("cuda")).values
@@ -80,18 +87,28 @@ def test_tf32_is_multiplied_as_such_and_only_when_asked_for(
         check_loss(inputs, backend="cuda")
 
 
+def launch_of(architecture: str, objective: str, multiprocessors: int = 1) -> Any:
+    return cuda.compiled().Launch(
+        architecture=architecture, element="bfloat16", similarity="dot", objective=objective, row={"size": 1},
+        column={"size": 1}, scale=torch.ones(1).data_ptr(), multiprocessors=multiprocessors,
+    )  # fmt: skip
+
+
 @emulated
-def test_columns_of_several_tiles_and_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One multiprocessor: a block goes over several tiles of columns, and keeps its rows' states meanwhile."""
+@pytest.mark.parametrize("architecture", cuda.ARCHITECTURES)
+def test_walks_of_several_tiles(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One multiprocessor: a block goes over several tiles, and keeps the states of one side meanwhile."""
     monkeypatch.setattr(cuda, "_multiprocessors", lambda _: 1)
+    monkeypatch.setattr(cuda, "ARCHITECTURE", architecture)
     for objective in ("softmax", "sigmoid"):
         inputs = make_inputs(300, 1700, 16, objective=objective, dtype=torch.bfloat16, bias=-1.0, ignore=True)
-        launch = cuda.compiled().Launch(
-            element="bfloat16", similarity="dot", objective=objective, row={"size": 1}, column={"size": 1},
-            scale=torch.ones(1).data_ptr(), multiprocessors=1,
-        )  # fmt: skip
-        row_tiles, column_tiles, parts = launch.plan(300, 1700)
-        assert row_tiles == 3 and 1 < parts < column_tiles
+        launch = launch_of(architecture, objective)
+        row_tiles, column_tiles = launch.tiles(300, 1700)
+        of_rows, of_columns, _ = launch.slots(300, 1700, False)
+        if architecture == "sm_80":
+            assert row_tiles == 3 == of_columns and 1 < of_rows < column_tiles
+        else:
+            assert row_tiles == 3 and of_columns < 2 * row_tiles and of_rows == column_tiles
         check_loss(inputs, backend="cuda")
 
 
@@ -111,7 +128,7 @@ def test_rows_of_any_length_and_stride(d: int, dtype: torch.dtype) -> None:
 def test_addresses_are_checked() -> None:
     x, scale = torch.ones(8, 8), torch.ones(1)
     side = {"size": 8}
-    arguments = {"element": "float32", "similarity": "dot", "objective": "softmax", "scale": scale.data_ptr()}
+    arguments = {"architecture": "sm_80", "element": "float32", "similarity": "dot", "objective": "softmax", "scale": scale.data_ptr()}
     make = cuda.compiled().Launch
     launch = make(**arguments, row=side, column=side, multiprocessors=1)
     panel = ([x.data_ptr()], 8)
@@ -126,7 +143,7 @@ def test_addresses_are_checked() -> None:
         launch.statistics(box, 7, ([x.data_ptr()], 7), panel, 0, x.data_ptr(), x.data_ptr())
     with pytest.raises(ValueError, match="less than a row"):
         launch.statistics(box, 9, panel, panel, 0, x.data_ptr(), x.data_ptr())
-    with pytest.raises(ValueError, match="no kernel for float8"):
+    with pytest.raises(ValueError, match="no kernel for sm_80, float8"):
         make(**arguments | {"element": "float8"}, row=side, column=side, multiprocessors=1)
     with pytest.raises(ValueError, match="factor is null"):
         make(**arguments | {"similarity": "masked_cosine"}, row=side, column=side, multiprocessors=1)

@@ -9,8 +9,23 @@ const Kernels* find_float16(const std::string& similarity, const std::string& ob
 const Kernels* find_float32(const std::string& similarity, const std::string& objective);
 const Kernels* find_tf32(const std::string& similarity, const std::string& objective);
 }  // namespace sm80
+#ifdef SK_SM90
+namespace sm90 {
+const Kernels* find_bfloat16(const std::string& similarity, const std::string& objective);
+const Kernels* find_float16(const std::string& similarity, const std::string& objective);
+}  // namespace sm90
+#endif
 
-const Kernels* find(const std::string& element, const std::string& similarity, const std::string& objective) {
+const Kernels* find(const std::string& architecture, const std::string& element, const std::string& similarity,
+                    const std::string& objective) {
+#ifdef SK_SM90
+  if (architecture == "sm_90a") {
+    if (element == "bfloat16") return sm90::find_bfloat16(similarity, objective);
+    if (element == "float16") return sm90::find_float16(similarity, objective);
+    return nullptr;
+  }
+#endif
+  if (architecture != "sm_80") return nullptr;
   if (element == "bfloat16") return sm80::find_bfloat16(similarity, objective);
   if (element == "float16") return sm80::find_float16(similarity, objective);
   if (element == "float32") return sm80::find_float32(similarity, objective);

@@ -24,16 +24,16 @@ struct Tile {
   const int32_t* inexact = nullptr;  // on the device: not 0 where low halves of the columns' operands count
 };
 
-// What every kernel of scores takes. A block has a tile of rows and one of `parts` runs of tiles of columns.
+// What every kernel of scores takes. A walk is a tile of one side and one of `parts` runs of tiles of the other.
 struct Scores {
   Problem<float> problem;
   Tile tile;
-  int column_tiles_a_block = 1, parts = 1;
+  int tiles_a_walk = 1, parts = 1;
 };
 
 struct Statistics : Scores {
-  float* row_partials = nullptr;     // (planes, parts of the columns, rows)
-  float* column_partials = nullptr;  // (planes, tiles of rows, columns)
+  float* row_partials = nullptr;     // (planes, slots of rows, rows)
+  float* column_partials = nullptr;  // (planes, slots of columns, columns)
 };
 
 // dL/daccumulator, in the operands' precision, and sums of the numbers before they were rounded.
@@ -42,11 +42,11 @@ struct Derivative : Scores {
   const float* unit = nullptr;      // what it is divided by; null: 1
   void* out[2] = {};                // (rows, columns); rows start at multiples of 16 bytes
   int64_t out_stride = 0;
-  float* column_scores = nullptr;  // (tiles of rows, columns): sums over a tile's rows of dL/dsim * sim; may be null
+  float* column_scores = nullptr;  // (slots of columns, columns): sums over rows of dL/dsim * sim; may be null
 };
 
 struct Gradient : Derivative {
-  double* parameters = nullptr;   // (blocks, 2): sums of G * sim and of G
+  double* parameters = nullptr;   // (slots of all, 2): sums of G * sim and of G
   float* row_partials = nullptr;  // as for Statistics; null where statistics are not asked for
 };
 
@@ -55,7 +55,7 @@ struct Search : Scores {
   What what = kSim;
   bool per_column = false;  // anchors are columns, candidates rows
   int64_t first = 0;        // index of the first candidate
-  void* out = nullptr;  // kSim float32, kKeys int64, by strides; else (tiles of candidates, anchors), int64 or int32
+  void* out = nullptr;      // kSim float32, kKeys int64, by strides; else (slots of anchors, anchors), int64 or int32
   int64_t row_stride = 0, column_stride = 0;
   const int64_t* best = nullptr;  // kAhead: key of each of the tile's anchors
 };
@@ -83,17 +83,24 @@ struct Unit {
   float* unit = nullptr;
 };
 
+// How many results a kernel leaves of each row, of each column, and of all scores.
+struct Slots {
+  int64_t of_rows = 0, of_columns = 0, of_all = 0;
+};
+
 // How the scores of a part are shared out among blocks.
 struct Plan {
-  int row_tiles = 0, column_tiles = 0;  // blocks of rows and of columns
-  int column_tiles_a_block = 0, parts = 0;
-
-  int64_t blocks() const { return int64_t(row_tiles) * parts; }
+  int row_tiles = 0, column_tiles = 0;
+  int tiles_a_walk = 0, parts = 0;
+  int64_t blocks = 0;
+  Slots slots, search_slots;
+  bool narrow = false;  // tiles of fewer columns, where wide ones would be too few
 };
 
 // What a block of a kernel takes of a multiprocessor, besides registers.
 struct Resources {
   const char* kernel;
+  int columns;  // of its tile
   int threads;
   size_t shared_bytes;
 };
@@ -110,13 +117,16 @@ struct Kernels {
   Plan (*plan)(int rows, int columns, int multiprocessors);
   int accumulators, statistics_planes, anchor_planes, row_operands, column_operands, element_bytes;
   bool factors, low_halves, needs_statistics, both_sides;
-  Resources resources[4];  // of the kernels of scores
+  const Resources* resources;  // of the kernels of scores
+  int resources_count;
 };
 
 void unit_of(const Unit&, Stream);
 
+// Architectures: "sm_80", whose kernels run on later ones, too, and "sm_90a", where built: half precision on 9.0 alone.
 // Elements: "bfloat16", "float16", "float32", and "tf32", float32 rounded as it is multiplied. Null: no kernel is so
 // named.
-const Kernels* find(const std::string& element, const std::string& similarity, const std::string& objective);
+const Kernels* find(const std::string& architecture, const std::string& element, const std::string& similarity,
+                    const std::string& objective);
 
 }  // namespace smartclip::cuda

@@ -21,6 +21,9 @@ from smartclip_kernels.tiles import Tile
 EMULATOR = os.environ.get("SMARTCLIP_CUDA_EMULATOR", "")
 """Path of the module that tests/emulator builds: the same kernels, compiled for the CPU. For tests; slow."""
 MULTIPROCESSORS_EMULATED = 4
+ARCHITECTURE = os.environ.get("SMARTCLIP_CUDA_ARCHITECTURE", "")
+"""Which kernels run: "sm_80", or "sm_90a", half precision on compute capability 9.0. Empty: the best there are."""
+ARCHITECTURES = ("sm_80", "sm_90a")
 OLDEST = (8, 0)
 _VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor")
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -59,6 +62,28 @@ def _element(dtype: torch.dtype) -> str:
     return _ELEMENTS[dtype]
 
 
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if not EMULATOR else (9, 0)
+
+
+def architecture(device: torch.device, element: str, similarity: str, objective: str) -> str:
+    """Whose kernels run: those of sm_90a where they were built, this device has its instructions and nobody asked for
+    others.
+
+    Raises:
+        RuntimeError: SMARTCLIP_CUDA_ARCHITECTURE names none, or such as this device cannot run.
+    """
+    if ARCHITECTURE not in ("", *ARCHITECTURES):
+        raise RuntimeError(f"SMARTCLIP_CUDA_ARCHITECTURE: got {ARCHITECTURE!r}, needs one of {', '.join(ARCHITECTURES)}")
+    here = _capability(device) == (9, 0)
+    if ARCHITECTURE == "sm_90a" and not here:
+        name = "{}.{}".format(*_capability(device))
+        raise RuntimeError(f"SMARTCLIP_CUDA_ARCHITECTURE: got 'sm_90a', but this GPU has compute capability {name}")
+    fits = here and ARCHITECTURE != "sm_80" and bool(compiled().resources("sm_90a", element, similarity, objective))
+    return "sm_90a" if fits else "sm_80"
+
+
 class CudaLaunch(DeviceLaunch):
     """Addresses for the compiled module; holds the tensors behind them."""
 
@@ -68,9 +93,11 @@ class CudaLaunch(DeviceLaunch):
         super().__init__(problem, row, column, swapped)
         device = problem.image.device
         self._split = problem.mask is not None and problem.image.dtype != problem.dtype
+        element = _element(problem.image.dtype)
         with self.on_device():
             self._launch = compiled().Launch(
-                element=_element(problem.image.dtype),
+                architecture=architecture(device, element, similarity, problem.objective),
+                element=element,
                 similarity=similarity,
                 objective=problem.objective,
                 row=_addresses(self.image),
@@ -83,8 +110,7 @@ class CudaLaunch(DeviceLaunch):
             )
 
     def slots(self, kernel: str, tile: Tile) -> Slots:
-        row_tiles, column_tiles, parts = self._launch.plan(size(tile.rows), size(tile.columns))
-        return Slots(column_tiles if kernel == "scores" else parts, row_tiles, row_tiles * parts)
+        return Slots(*self._launch.slots(size(tile.rows), size(tile.columns), kernel == "scores"))
 
     def run_statistics(self, tile: Tile, row_partials: Tensor, column_partials: Tensor | None) -> None:
         with self.on_device():

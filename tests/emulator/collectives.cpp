@@ -18,14 +18,6 @@ float bits_to_float(uint32_t bits) {
   return x;
 }
 
-float toward_zero(double x) {
-  const float nearest = static_cast<float>(x);
-  if (!(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;
-  uint32_t bits;
-  std::memcpy(&bits, &nearest, sizeof(bits));
-  return bits_to_float(bits - 1);  // one step towards 0; what float32 is too small for becomes its largest number
-}
-
 template <class Word, class Widen>
 void widen_all(const uint32_t* words, float* numbers, int count, Widen widen) {
   Word narrow[256];

@@ -2,7 +2,7 @@
 //
 // SMARTCLIP_EMULATOR, read at every launch, chooses among the orders that the machine is free to choose:
 //   order=ascending|reverse|random   of the blocks, and of what runs next in one
-//   copies=latest|earliest|random    when cp.async reads and writes
+//   copies=latest|earliest|random    when an engine reads and writes: cp.async, boxes, products of a warpgroup
 //   seed=N                           of both
 // As in SMARTCLIP_EMULATOR=order=random,copies=random,seed=3. Results must not depend on it.
 #pragma once
@@ -41,7 +41,15 @@ enum class Instruction {
   kSyncBlock,
   kSharedStorage,
   kSharedAddress,
-  kCopy
+  kCopy,
+  kInitBarrier,
+  kArrive,
+  kWaitFor,
+  kSyncThreads,
+  kCopyBox,
+  kProduct,
+  kWaitForProducts,
+  kRegisters
 };
 
 // Together: lanes wait for their warp, threads for their block. What calls these is part of the kernel, so the place
@@ -58,6 +66,28 @@ uint32_t shared_address(const void* generic, Where where);
 void copy_async_16(void* shared, const void* global, int bytes, Where where);
 void commit_copies();
 void wait_for_copies(int pending);
+
+// mbarriers, and named ones. `bytes`: that an arrival expects.
+void init_barrier(void* barrier, int arrivals, Where where);
+void arrive(void* barrier, int bytes, Where where);
+void wait_for(void* barrier, int parity, Where where);
+void fence_async();
+void sync_threads(int barrier, int threads, Where where);
+
+// A matrix of 2-byte numbers in global memory, and boxes of it: box_rows rows of 128 bytes.
+struct TensorMap {
+  const void* matrix;
+  int64_t rows, depth, stride;
+  int box_rows;
+};
+void copy_box(void* shared, const TensorMap& map, int depth, int row, void* barrier, Where where);
+
+// Products of a warpgroup. c: a thread's 4 * tiles sums.
+void begin_products();
+void multiply_add_async(bool half, float* c, int tiles, uint64_t rows, uint64_t columns, bool add, Where where);
+void commit_products();
+void wait_for_products(int pending, Where where);
+void set_registers(int registers, bool more, Where where);
 
 // Runs body(argument) in every thread of every block. Throws std::runtime_error where a thread does what it must not.
 void run(const char* name, int64_t blocks, int threads, size_t shared_bytes, void (*body)(const void*),

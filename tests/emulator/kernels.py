@@ -8,19 +8,26 @@ from pathlib import Path
 from tests.emulator import build
 
 ELEMENTS = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float", "tf32": "ptx::Tf32"}
+ARCHITECTURES = {"sm80": tuple(ELEMENTS), "sm90": ("bfloat16", "float16")}
 MODULE = build.EMULATOR / "module"
 
 
 def kernels_module(
-    variant: build.Variant = "plain", *, csrc: Path = build.CSRC, elements: Iterable[str] = tuple(ELEMENTS)
+    variant: build.Variant = "plain",
+    *,
+    csrc: Path = build.CSRC,
+    elements: Iterable[str] = tuple(ELEMENTS),
+    architectures: Iterable[str] = tuple(ARCHITECTURES),
 ) -> Path:
-    """As CMakeLists.txt compiles them for a device; of `csrc`, for these elements."""
+    """As CMakeLists.txt compiles them for a device; of `csrc`, for these elements and architectures."""
     cuda, bindings = csrc / "cuda", build.ROOT / "bindings"
-    kernels: list[build.Source] = [
-        (cuda / "sm80" / "kernels.cu", {"SK_ELEMENT": ELEMENTS[name], "SK_FIND": f"find_{name}"})
-        if name in elements
-        else (MODULE / "missing.cpp", {"SK_FIND": f"find_{name}"})
-        for name in ELEMENTS
-    ]
-    sources = [*kernels, cuda / "dispatch.cu", bindings / "cuda.cpp", MODULE / "module.cpp"]
+    kernels: list[build.Source] = []
+    for architecture, names in ARCHITECTURES.items():
+        for name in names:
+            find = {"SK_FIND": f"find_{name}"}
+            if name in elements and architecture in architectures:
+                kernels.append((cuda / architecture / "kernels.cu", find | {"SK_ELEMENT": ELEMENTS[name]}))
+            else:
+                kernels.append((MODULE / "missing.cpp", find | {"SK_ARCHITECTURE": architecture}))
+    sources = [*kernels, (cuda / "dispatch.cu", {"SK_SM90": "1"}), bindings / "cuda.cpp", MODULE / "module.cpp"]
     return build.build(sources, "_emulated", kind="module", variant=variant, includes=[bindings], csrc=csrc)

@@ -104,9 +104,11 @@ void Launch::run_block(int64_t block) {
   arena_->reserve(threads_, shared_bytes_);
   poison(arena_->shared_end() - arena_->open, arena_->shared_end());
   at_barrier_ = exited_ = phase_ = 0;
+  begin_engines();
   for (int t = 0; t < threads_; ++t) {
     Fibre& fibre = arena_->fibres[t];
     fibre.block = block;
+    fibre.part = {};
     fibre.engine->first = fibre.engine->end = fibre.engine->group = 0;
     prepare(fibre.context, arena_->stack_top(t), kStack / 2, enter);
     if (fibre.lane == 0) warps_[fibre.warp] = {~0u};
@@ -119,6 +121,7 @@ void Launch::run_block(int64_t block) {
     pthread_sigmask(SIG_SETMASK, &fault_mask_, nullptr);
     error_ = fault_text();
   }
+  if (error_.empty()) error_ = unfinished_text();
   if (error_.empty()) error_ = edge_text();
   if (!error_.empty()) abandon();
 }
@@ -203,7 +206,8 @@ Fibre* Launch::next(const Fibre* from) {
 }
 
 void Launch::hand_over(Fibre& fibre) {
-  Fibre* const to = next(&fibre);
+  Fibre* to = next(&fibre);
+  while (!to && advance()) to = next(&fibre);
   if (!to) stop(block_text() + ": nobody can go on: " + waiting_text());
   if (to != &fibre) go(fibre.context, *to);
 }

@@ -3,6 +3,10 @@
 
 #include <signal.h>
 
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -15,7 +19,7 @@
 namespace smartclip::emulator {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
-constexpr size_t kMostShared = 227 * 1024, kSharedAlignment = 128;
+constexpr size_t kMostShared = 227 * 1024, kSharedAlignment = 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in every format, -1 as an integer
 
 struct Options {
@@ -39,6 +43,18 @@ struct Operands {
 };
 
 const char* name_of(Instruction instruction);
+
+// What a matrix unit makes of an exact sum: float32, cut off.
+inline float toward_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  if (!(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;
+  uint32_t bits;
+  std::memcpy(&bits, &nearest, sizeof(bits));
+  --bits;  // one step towards 0; what float32 is too small for becomes its largest number
+  float below;
+  std::memcpy(&below, &bits, sizeof(below));
+  return below;
+}
 void perform(Instruction instruction, Operands* const (&lanes)[kWarp]);
 
 // cp.async: a thread's copies, in order of issue.
@@ -63,8 +79,63 @@ struct Engine {
   Copy& at(int64_t index) { return copies[index % kMost]; }
 };
 
+// An mbarrier while it runs.
+struct Barrier {
+  int arrivals, pending;
+  int64_t bytes = 0;  // expected and not arrived
+  int parity = 0;
+  int by = 0;          // the thread that initialised it
+  bool known = false;  // to engines: fenced
+  std::unique_ptr<tsan::Order> order = std::make_unique<tsan::Order>();
+};
+
+struct NamedBarrier {
+  int arrived = 0, threads = 0, phase = 0;
+  std::vector<struct Fibre*> waiting;
+};
+
+// A box under way.
+struct Box {
+  unsigned char* to;
+  TensorMap map;
+  int depth, row;
+  unsigned char* barrier;
+  const void* site;
+};
+
+// A product of a warpgroup, issued by `issued` of its threads.
+struct Product {
+  bool half, add, done = false;
+  int tiles, sum, issued = 0;
+  uint64_t rows, columns;
+  const void* site;
+};
+
+struct Warpgroup {
+  static constexpr int kThreads = 128, kRows = 64, kMostColumns = 256;
+  struct Sums {
+    float row[kRows][kMostColumns];
+  };
+  std::deque<Product> products;  // of the block, from the first
+  int executed = 0;
+  std::vector<std::unique_ptr<Sums>> sums;  // what is under way; a thread's registers are NaN meanwhile
+  int registers = 0, asking = 0, asked = 0;
+  tsan::Order issued, done;
+  tsan::Sequence sequence;
+};
+
+// A thread's part of its warpgroup's products.
+struct Part {
+  std::vector<int> groups;   // where each of them ends
+  std::vector<float*> sums;  // its registers
+  std::vector<int> last;     // the product that uses them last
+  int issued = 0, delivered = 0;
+  bool begun = false;
+};
+
 struct Fibre : Identity {
   Context context;
+  Part part;
   Instruction instruction{};  // that it waits in
   Where where{};
   tsan::Sequence sequence;
@@ -88,7 +159,7 @@ struct Arena {
   std::unique_ptr<Fibre[]> fibres;  // side by side, for they are gone through at every collective
   int made = 0;
   int64_t blocks = 0;  // that it has been used for
-  tsan::Order barrier[2], end[2];
+  tsan::Order barrier[2], named[16][2], end[2];
 
   void reserve(int threads, size_t shared_bytes);
   char* stack_top(int thread) const;
@@ -108,6 +179,17 @@ class Launch {
   void issue(const void* site, void* shared, const void* global, int bytes, Where where);
   void commit() { ++me().engine->group; }
   void wait(int pending);
+
+  void init_barrier(unsigned char* barrier, int arrivals, Where where);
+  void arrive(unsigned char* barrier, int bytes, Where where);
+  void wait_for(unsigned char* barrier, int parity, Where where);
+  void fence_async();
+  void sync_threads(int barrier, int threads, Where where);
+  void copy_box(const void* site, const Box& box, Where where);
+  void multiply_add_async(const void* site, bool half, float* c, int tiles, uint64_t rows, uint64_t columns, bool add,
+                          Where where);
+  void wait_for_products(int pending, Where where);
+  void set_registers(int registers, bool more, Where where);
 
   unsigned char* shared() const;
   size_t shared_bytes() const { return shared_bytes_; }
@@ -136,6 +218,20 @@ class Launch {
     if (options_.copies == Options::Copies::kRandom) stir_some(fibre);
   }
   void stir_some(Fibre& fibre);
+  // Until something changes that a fibre may wait for.
+  void sleep(Fibre& fibre, Instruction instruction, Where where);
+  void wake();
+  // An engine's turn, where no fibre has one. Whether there was anything to do.
+  bool advance();
+  void begin_engines();
+  std::string unfinished_text() const;
+  Barrier& barrier(unsigned char* address, Instruction instruction, Where where);
+  void end_phase(Barrier& barrier);
+  void land_box(size_t index);
+  Warpgroup& warpgroup() { return warpgroups_[me().thread / Warpgroup::kThreads]; }
+  void execute(Warpgroup& warpgroup);
+  void read_operand(const Product& product, uint64_t descriptor, int rows, float* out);
+  void deliver(Fibre& fibre, int sum);
   void read(Fibre& fibre, Copy& copy);
   void land(Fibre& fibre, Copy& copy);
 
@@ -160,6 +256,15 @@ class Launch {
   Warp warps_[kMostThreads / kWarp];
   int at_barrier_ = 0, exited_ = 0, phase_ = 0;
   const void* barrier_site_ = nullptr;
+
+  std::map<unsigned char*, Barrier> barriers_;
+  NamedBarrier named_[16];
+  std::vector<Fibre*> sleepers_;
+  std::vector<Box> boxes_;
+  Warpgroup warpgroups_[kMostThreads / Warpgroup::kThreads];
+  std::vector<unsigned char> async_view_;  // of shared memory: what engines see
+  tsan::Sequence copier_;
+  tsan::Order copies_issued_;
 
   Context main_;
   tsan::Sequence main_sequence_;

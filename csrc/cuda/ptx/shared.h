@@ -8,8 +8,8 @@ namespace smartclip::ptx {
 // The block's shared memory as one T; the launch says how many bytes there are. Nothing in it is initialised.
 template <class T>
 SK_DEVICE T& shared_storage() {
-  static_assert(alignof(T) <= 128, "shared memory starts at a multiple of 128 bytes");
-  extern __shared__ __align__(128) unsigned char bytes[];
+  static_assert(alignof(T) <= 1024, "shared memory starts at a multiple of 1,024 bytes");
+  extern __shared__ __align__(1024) unsigned char bytes[];
   return *reinterpret_cast<T*>(bytes);
 }
 

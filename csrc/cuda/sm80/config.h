@@ -42,8 +42,11 @@ Plan plan(int rows, int columns, int multiprocessors) {
   plan.column_tiles = (columns + Config::kBlockM - 1) / Config::kBlockM;
   const int64_t wanted = int64_t(kRounds) * Config::kBlocks * multiprocessors;
   const int64_t tiles = int64_t(plan.row_tiles) * plan.column_tiles / wanted;
-  plan.column_tiles_a_block = static_cast<int>(tiles < 1 ? 1 : tiles > kMostTiles ? kMostTiles : tiles);
-  plan.parts = (plan.column_tiles + plan.column_tiles_a_block - 1) / plan.column_tiles_a_block;
+  plan.tiles_a_walk = static_cast<int>(tiles < 1 ? 1 : tiles > kMostTiles ? kMostTiles : tiles);
+  plan.parts = (plan.column_tiles + plan.tiles_a_walk - 1) / plan.tiles_a_walk;
+  plan.blocks = int64_t(plan.row_tiles) * plan.parts;
+  plan.slots = {plan.parts, plan.row_tiles, plan.blocks};
+  plan.search_slots = {plan.column_tiles, plan.row_tiles, plan.blocks};
   return plan;
 }
 

@@ -19,8 +19,8 @@ struct Walk {
     walk.row_tiles = (scores.tile.rows + Config::kBlockN - 1) / Config::kBlockN;
     walk.row_tile = ptx::block_index() % walk.row_tiles;
     walk.part = ptx::block_index() / walk.row_tiles;
-    walk.begin = walk.part * scores.column_tiles_a_block;
-    walk.end = walk.begin + scores.column_tiles_a_block;
+    walk.begin = walk.part * scores.tiles_a_walk;
+    walk.end = walk.begin + scores.tiles_a_walk;
     if (walk.end > column_tiles) walk.end = column_tiles;
     return walk;
   }
@@ -59,9 +59,9 @@ template <class Config, class Similarity>
 struct ScoreOf {
   float accumulator[Config::kAccumulators], row, column, sim;
 
-  // `numbers`: a fragment, or one that is parked.
-  template <class Numbers>
-  SK_DEVICE ScoreOf(const Factors<Config, Similarity>& factors, const Numbers& numbers, int r, int c)
+  // `numbers`: a fragment, or one that is parked. `factors`: of_row(r) and of_column(c).
+  template <class KnownFactors, class Numbers>
+  SK_DEVICE ScoreOf(const KnownFactors& factors, const Numbers& numbers, int r, int c)
       : row(factors.of_row(r)), column(factors.of_column(c)) {
 #pragma unroll
     for (int k = 0; k < Config::kAccumulators; ++k) accumulator[k] = numbers.at(k, r, c);
@@ -81,16 +81,18 @@ struct ScoreOf {
 // The state of a line of candidates none of which is positive: a thread's row or column, over the lanes that share it.
 template <class Objective, class Lanes, int kCount>
 SK_DEVICE auto state_of_others(const float (&logit)[kCount], bool smoothing) {
-  float shift = 0, sum = 0, total = 0;
+  float shift = 0, total = 0;
   if constexpr (Objective::kShifts) {
     shift = logit[0];
 #pragma unroll
     for (int k = 1; k < kCount; ++k) shift = fmaxf(shift, logit[k]);
     shift = Lanes::max(shift);
   }
+  typename Objective::template Others<float> others;
+  static_assert(kCount <= decltype(others)::kMost, "a sum of so many");
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) sum += Objective::other_term(logit[k], shift);
-  sum = Lanes::sum(sum);
+  for (int k = 0; k < kCount; ++k) others.add(logit[k], shift);
+  const float sum = Lanes::sum(others.sum());
   if (smoothing) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) total += logit[k];

@@ -1,8 +1,8 @@
-// In place of the kernels of an element type that a test does not need.
+// In place of kernels that a test does not need.
 #include "cuda/kernels.h"
 
-namespace smartclip::cuda::sm80 {
+namespace smartclip::cuda::SK_ARCHITECTURE {
 
 const Kernels* SK_FIND(const std::string&, const std::string&) { return nullptr; }
 
-}  // namespace smartclip::cuda::sm80
+}  // namespace smartclip::cuda::SK_ARCHITECTURE

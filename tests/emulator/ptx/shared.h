@@ -8,7 +8,7 @@ namespace smartclip::ptx {
 
 template <class T>
 SK_DEVICE T& shared_storage(SK_HERE) {
-  static_assert(alignof(T) <= 128, "shared memory starts at a multiple of 128 bytes");
+  static_assert(alignof(T) <= 1024, "shared memory starts at a multiple of 1,024 bytes");
   return *static_cast<T*>(emulator::shared_storage(sizeof(T), where));
 }
 
