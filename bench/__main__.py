@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("--seconds", type=float, default=270, help="no case begins later (default: 270)")
     gpu.add_argument("--backend", nargs="+", metavar="NAME", help="default: those that run on the device")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test of this command itself")
+    gpu.add_argument("--alone", action="store_true", help="no peers: only what this library takes, and the floor")
     gpu.add_argument("--bars", nargs="+", choices=GPU_BARS, help="default: those of the backends")
     table = commands.add_parser("readme", help="write a result's table between the README's markers")
     table.add_argument("results", type=Path, metavar="RESULTS.json")
@@ -142,6 +144,8 @@ def run_gpu(arguments: argparse.Namespace) -> int:
     console.print(f"{about['device']}, {about.get('driver', 'no driver')}, backends: {', '.join(backends)}")
     cases = gpu_quick_cases(backends, arguments.device) if arguments.quick else gpu_cases(backends)
     cases = chosen(cases, arguments)
+    if arguments.alone:
+        cases = [replace(case, peers=()) for case in cases]
     bars = [bar for name in arguments.bars or backends for bar in GPU_BARS.get(name, [])]
     bars = [] if arguments.quick else bars
     directory = arguments.out / report.slug(about["device"])

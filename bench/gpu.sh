@@ -6,7 +6,9 @@
 # (pip download --no-deps -d .whl NAME), or are not measured.
 #
 #   --tune             measure Triton's block sizes, too, before the benchmark: OUT/tables.json, and used from then on
-#   --only A,B,…       of the steps these alone: versions peers build tests memcheck racecheck tune bench
+#   --configs          measure configurations of the sm_90a kernels (csrc/cuda/sm90/config.h), too: OUT/configs/N, each with
+#                      the flags that it was built with; choose among them by the floor's share
+#   --only A,B,…       of the steps these alone: versions peers build tests memcheck racecheck tune configs bench
 #   --skip A,B,…       of the steps all but these
 #   --bench "ARGS"     for python -m bench gpu: --only, --max-n, --backend, --bars
 #   --tests "ARGS"     for pytest -m gpu
@@ -15,7 +17,7 @@
 #   --seconds S        for all of it (525)
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-total=525 only="" skip="tune" bench_arguments="" test_arguments="" step=""
+total=525 only="" skip="tune,configs" bench_arguments="" test_arguments="" step=""
 
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "$root/bench/gpu.sh"; }
 [[ $# -ge 1 && $1 != -* ]] || { usage; exit 2; }
@@ -24,9 +26,10 @@ shift
 arguments=("$out" "$@")
 cd "$root" || exit 2
 while [[ $# -gt 0 ]]; do
-  [[ $1 == --tune || $# -ge 2 ]] || { echo "gpu.sh: $1 needs a value"; exit 2; }
+  [[ $1 == --tune || $1 == --configs || $# -ge 2 ]] || { echo "gpu.sh: $1 needs a value"; exit 2; }
   case $1 in
     --tune) skip=${skip/tune/} ;;
+    --configs) skip=${skip/configs/} ;;
     --only) only=$2 skip="" ;;
     --skip) skip+=",$2" ;;
     --bench) bench_arguments=$2 ;;
@@ -37,7 +40,7 @@ while [[ $# -gt 0 ]]; do
     --step) step=$2 ;; # one step, in the process that is timed
     *) echo "gpu.sh: unknown option $1"; exit 2 ;;
   esac
-  [[ $1 == --tune ]] || shift
+  [[ $1 == --tune || $1 == --configs ]] || shift
   shift
 done
 
@@ -107,6 +110,25 @@ step_tune() {
   python3 -m bench tune --seconds "$((STEP_SECONDS > 60 ? STEP_SECONDS - 40 : STEP_SECONDS / 3))" && cp smartclip_kernels/backends/triton/tables.json "$out/"
 }
 
+# Built side by side, measured one after the other, the first as it is now.
+step_configs() {
+  local flags=("" -DSK_SM90_LAG=1 -DSK_SM90_LAG=3 -DSK_SM90_LAG=0 -DSK_SM90_GROUP=1024 -DSK_SM90_GROUP=4096 -DSK_SM90_WALK=8) i
+  for i in "${!flags[@]}"; do
+    { cmake -S . -B "build/configs/$i" -G Ninja -DCUDA_ARCHS="90-real;90a-real" -DSMARTCLIP_CUDA=1 -DCMAKE_CUDA_FLAGS="${flags[i]}" \
+        -DPython_EXECUTABLE="$(command -v python3)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$root/build/configs/$i/lib" &&
+      cmake --build "build/configs/$i"; } >"$out/config-$i.txt" 2>&1 &
+  done
+  wait
+  mkdir -p build/configs/before && cp smartclip_kernels/_C*.so build/configs/before/ || return
+  for i in "${!flags[@]}"; do
+    echo "configuration $i: ${flags[i]:-as it is}"
+    cp "build/configs/$i/lib"/_C*.so smartclip_kernels/ || continue
+    mkdir -p "$out/configs/$i" && echo "${flags[i]:-as it is}" >"$out/configs/$i/flags.txt"
+    python3 -m bench gpu --alone --backend cuda --seconds $(((STEP_SECONDS - 80) / ${#flags[@]})) --out "$out/configs/$i" | tail -30
+  done
+  cp build/configs/before/_C*.so smartclip_kernels/
+}
+
 step_bench() {
   # shellcheck disable=SC2086
   python3 -m bench gpu --seconds "$((STEP_SECONDS > 90 ? STEP_SECONDS - 60 : STEP_SECONDS / 3))" --out "$out" $bench_arguments
@@ -152,6 +174,7 @@ run tests 130
 run memcheck 50
 run racecheck 50
 if wanted tune; then run tune $(((total - SECONDS) / 2)); fi
+if wanted configs; then run configs $(((total - SECONDS) * 2 / 3)); fi
 run bench $((total - SECONDS))
 {
   printf '%-10s %-16s %5s\n' step status seconds

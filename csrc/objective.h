@@ -23,6 +23,7 @@ struct Softmax {
   static constexpr bool kNeedsStatistics = true;
   static constexpr bool kBothSides = true;
   static constexpr bool kShifts = true;
+  static constexpr bool kSmooths = true;
   static constexpr int kStatistics = 7;
   static constexpr int kAnchor = 5;
 
@@ -143,6 +144,7 @@ struct Sigmoid {
   static constexpr bool kNeedsStatistics = false;
   static constexpr bool kBothSides = false;
   static constexpr bool kShifts = false;
+  static constexpr bool kSmooths = false;
   static constexpr int kStatistics = 1;
   static constexpr int kAnchor = 1;
 

@@ -38,7 +38,7 @@ struct MaskedCosine {
   template <class V>
   SK_HOST_DEVICE static V value(const V* accumulator, V row, V column) {
     const V norm = sqrt(accumulator[1]);
-    return select(undefined(norm, row, column), V(0), accumulator[0] * column / norm);
+    return select(undefined(norm, row, column), V(0), accumulator[0] * column * (V(1) / norm));
   }
 
   // dP = dL/dsim / (sqrt(Q) |text|), dQ = -1/2 dL/dsim sim / Q
@@ -46,9 +46,10 @@ struct MaskedCosine {
   SK_HOST_DEVICE static void derivative(const V* accumulator, V row, V column, V sim, V grad_sim, V* grad_accumulator) {
     const V norm = sqrt(accumulator[1]);
     const auto none = undefined(norm, row, column);
-    const V per_norm = grad_sim / norm;
+    const V inverse = V(1) / norm;  // that of value(): a division takes as long as the rest
+    const V per_norm = grad_sim * inverse;
     grad_accumulator[0] = select(none, V(0), per_norm * column);
-    grad_accumulator[1] = select(none, V(0), V(-0.5) * per_norm * (sim / norm));
+    grad_accumulator[1] = select(none, V(0), V(-0.5) * per_norm * (sim * inverse));
   }
 
  private:

@@ -55,13 +55,13 @@ class Dot:
         self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor], gain: Tensor | None
     ) -> None:
         if sums:
-            _settle(grads[0][panel], _times(sums[0], gain))
+            _settle(grads[0][panel], sums[0], gain)
 
     def store_columns(
         self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None, gain: Tensor | None
     ) -> None:
         if sums:
-            _settle(grads[1], _times(sums[0], gain))
+            _settle(grads[1], sums[0], gain)
 
 
 class MaskedCosine:
@@ -136,7 +136,7 @@ class MaskedCosine:
         if sums:
             total, square = sums
             total.addcmul_(rows[0], square, value=2).mul_(1 / self.row_factor[panel, None])
-            _settle(grads[0][panel], _times(total, gain))
+            _settle(grads[0][panel], total, gain)
 
     def store_columns(
         self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None, gain: Tensor | None
@@ -207,9 +207,14 @@ def _times(total: Tensor, gain: Tensor | None) -> Tensor:
     return total if gain is None else total.mul_(gain)
 
 
-def _settle(grad: Tensor, total: Tensor) -> None:
-    if grad.data_ptr() != total.data_ptr():
+def _settle(grad: Tensor, total: Tensor, gain: Tensor | None = None) -> None:
+    """The sums times the gain, where they belong; in half precision rounded there, in one pass."""
+    if grad.data_ptr() == total.data_ptr():
+        _times(total, gain)
+    elif gain is None:
         grad.copy_(total)
+    else:
+        torch.mul(total, gain, out=grad)
 
 
 def _powers_of_two(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,6 @@ from bench import cuda_ahead
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.backends import cpu, cuda
 from smartclip_kernels.testing import check_loss, make_inputs
-from tests.emulator import build
-from tests.emulator.kernels import kernels_module
 from tests.simulated import NOT_SIMULATED
 
 emulated = pytest.mark.skipif("cuda" not in sk.available_backends(), reason="no g++ to build the emulator with")
@@ -35,8 +31,8 @@ def test_traits_of_objectives_are_those_of_the_compiled_code() -> None:
     for name, traits in reference.OBJECTIVES.items():
         side = {"size": 1}
         launch = cuda.compiled().Launch(
-            architecture="sm_80", element="float32", similarity="dot", objective=name, row=side, column=side, scale=number.data_ptr(),
-            multiprocessors=1,
+            architecture="sm_80", element="float32", similarity="dot", objective=name, row=side, column=side,
+            scale=number.data_ptr(), multiprocessors=1,
         )  # fmt: skip
         assert launch.statistics_planes == traits.statistics
         assert launch.anchor_planes == traits.anchor
@@ -128,7 +124,13 @@ def test_rows_of_any_length_and_stride(d: int, dtype: torch.dtype) -> None:
 def test_addresses_are_checked() -> None:
     x, scale = torch.ones(8, 8), torch.ones(1)
     side = {"size": 8}
-    arguments = {"architecture": "sm_80", "element": "float32", "similarity": "dot", "objective": "softmax", "scale": scale.data_ptr()}
+    arguments = {
+        "architecture": "sm_80",
+        "element": "float32",
+        "similarity": "dot",
+        "objective": "softmax",
+        "scale": scale.data_ptr(),
+    }
     make = cuda.compiled().Launch
     launch = make(**arguments, row=side, column=side, multiprocessors=1)
     panel = ([x.data_ptr()], 8)
@@ -174,68 +176,43 @@ def test_no_kernel_spills() -> None:
     assert len([x for x in instances if x.threads]) >= 4 * (4 + 4 + 2 + 1)
     assert not [repr(x) for x in instances if not x.sound]
     half = [x for x in instances if x.threads and x.element in ("bfloat16", "float16")]
-    assert min(x.blocks for x in half) == 2  # one multiplies while the other is in its epilogue
+    assert {x.family for x in half} == set(cuda_ahead.FAMILIES)
+    assert min(x.blocks for x in half if x.family == "sm80") == 2  # one multiplies while the other is in its epilogue
+    assert len([x for x in half if x.family == "sm90"]) == 2 * 2 * (4 + 4 + 1 + 2)
 
 
-# --- the emulator sees faults in the kernels themselves ------------------------------------------------------------
-
-FAULTS = {
-    "a wrong swizzle": ("sm80/products.cuh", "to + swizzled<Config::kRowBytes>(row, chunk_)",
-                        "to + row * Config::kRowBytes + 16 * chunk_"),
-    "a wrong number of groups": ("sm80/products.cuh", "wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
-    "a wrong fragment index": ("tile/layout.h", "ptx::lane_index() / 4 + r % 2 * 8",
-                               "ptx::lane_index() / 4 * 2 + r % 2"),
-    "an output left unwritten": ("tile/store.h", "if (row < tile.rows && place.column + column < tile.columns)",
-                                 "if (row + 1 < tile.rows && place.column + column < tile.columns)"),
-    "states of one warp alone": ("sm80/forward.cuh", "for (int warp = 1; warp < Config::kWarpsN; ++warp) state.merge",
-                                 "for (int warp = 1; warp < 1; ++warp) state.merge"),
-}  # fmt: skip
-CHECK = """
+@emulated
+def test_an_architecture_is_asked_for_by_name(run_python: Any) -> None:
+    """The best one here is the default; a name that there is not, or that this GPU cannot run, is refused."""
+    code = """
 import torch
-from smartclip_kernels.testing import check_loss, make_inputs
-torch.use_deterministic_algorithms(True)
-check_loss(make_inputs(140, 150, 72, dtype=torch.bfloat16), backend="cuda")
+from smartclip_kernels.backends import cuda
+for element in ("bfloat16", "float32"):
+    print(cuda.architecture(torch.device("cpu"), element, "dot", "softmax"))
 """
-
-
-def faulty_module(tmp_path: Path, file: str, right: str, wrong: str) -> Path:
-    """The bfloat16 kernels with one fault."""
-    csrc = tmp_path / "csrc"
-    shutil.copytree(build.CSRC, csrc)
-    text = (csrc / "cuda" / file).read_text()
-    assert text.count(right) == 1, f"{file} has it {text.count(right)} times: {right}"
-    (csrc / "cuda" / file).write_text(text.replace(right, wrong))
-    return kernels_module(csrc=csrc, elements=("bfloat16",))
+    assert run_python(code).stdout.split() == ["sm_90a", "sm_80"]
+    assert run_python(code, SMARTCLIP_CUDA_ARCHITECTURE="sm_80").stdout.split() == ["sm_80", "sm_80"]
+    result = run_python(code, SMARTCLIP_CUDA_ARCHITECTURE="sm_70")
+    assert "got 'sm_70', needs one of sm_80, sm_90a" in result.stderr
 
 
 @emulated
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault: str, tmp_path: Path, run_python: Any) -> None:
-    module = faulty_module(tmp_path, *FAULTS[fault])
-    result = run_python(CHECK, SMARTCLIP_CUDA_EMULATOR=str(module), PYTHONPATH=str(Path.cwd()))
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith(("AssertionError: ", "RuntimeError: ")), last
+def test_an_architecture_that_the_gpu_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_capability", lambda _: (8, 6))
+    assert cuda.architecture(torch.device("cpu"), "bfloat16", "dot", "softmax") == "sm_80"
+    monkeypatch.setattr(cuda, "ARCHITECTURE", "sm_90a")
+    with pytest.raises(RuntimeError, match=r"this GPU has compute capability 8\.6"):
+        cuda.architecture(torch.device("cpu"), "bfloat16", "dot", "softmax")
 
 
 @emulated
-@pytest.mark.slow
-@pytest.mark.parametrize("barrier", ["before a stage is used again", "none is taken out"])
-def test_a_missing_barrier_is_a_race(barrier: str, tmp_path: Path) -> None:
-    """ThreadSanitizer sees threads as fibres that only barriers order."""
-    if reason := build.why_not_sanitized():
-        pytest.skip(reason)
-    csrc = tmp_path / "csrc"
-    shutil.copytree(build.CSRC, csrc)
-    products = csrc / "cuda" / "sm80" / "products.cuh"
-    text, right = products.read_text(), "ptx::wait_for_copies<kStages - 2>();\n      ptx::sync_block();"
-    assert text.count(right) == 1
-    if barrier != "none is taken out":
-        products.write_text(text.replace(right, "ptx::wait_for_copies<kStages - 2>();"))
-    module = kernels_module("tsan", csrc=csrc, elements=("bfloat16",))
-    result = build.sanitized(["-c", CHECK], environment={"SMARTCLIP_CUDA_EMULATOR": str(module)})
-    if barrier == "none is taken out":
-        assert result.returncode == 0, result.stderr[-2000:]
-    else:
-        assert "ThreadSanitizer: data race" in result.stderr, result.stderr[-2000:]
+@pytest.mark.parametrize("size", [1, 128, 256, 512, 1024, 2048, 4096, 65536])
+def test_small_batches_are_shared_out_among_all_processors(size: int) -> None:
+    """As many tiles as there are; from 1,024 on no processor of 132 is without one, and few wait for the last."""
+    launch = launch_of("sm_90a", "softmax", multiprocessors=132)
+    row_tiles, column_tiles = launch.tiles(size, size)
+    assert row_tiles == -(-size // 128) and column_tiles in (-(-size // 64), -(-size // 256))
+    if size <= 1024:
+        assert column_tiles == -(-size // 64)
+    if size >= 16384:
+        assert column_tiles == size // 256

@@ -75,7 +75,9 @@ def architecture(device: torch.device, element: str, similarity: str, objective:
         RuntimeError: SMARTCLIP_CUDA_ARCHITECTURE names none, or such as this device cannot run.
     """
     if ARCHITECTURE not in ("", *ARCHITECTURES):
-        raise RuntimeError(f"SMARTCLIP_CUDA_ARCHITECTURE: got {ARCHITECTURE!r}, needs one of {', '.join(ARCHITECTURES)}")
+        raise RuntimeError(
+            f"SMARTCLIP_CUDA_ARCHITECTURE: got {ARCHITECTURE!r}, needs one of {', '.join(ARCHITECTURES)}"
+        )
     here = _capability(device) == (9, 0)
     if ARCHITECTURE == "sm_90a" and not here:
         name = "{}.{}".format(*_capability(device))

@@ -127,7 +127,7 @@ class DeviceLaunch(ABC):
     def anchor(self) -> Tensor:
         """What G needs of anchors. In half precision their weights are divided by a unit; the gain brings it back."""
         sides = [self.image, self.text] if self.problem.traits.both_sides else [self.image]
-        self._parameters = self.scale.new_zeros(2, dtype=torch.float64)
+        self._parameters = None
         weights = [side.weight for side in sides if side.weight is not None]
         self.unit = self._unit_of(weights[0], weights[-1])
         for side in sides:
@@ -145,8 +145,8 @@ class DeviceLaunch(ABC):
         column_scores = self._column_scores(slots, tile)
         row_partials = self._partials(slots.of_rows, size(tile.rows)) if statistics else None
         self.run_gradient(tile, out, parameters, column_scores, row_partials)
-        assert self._parameters is not None
-        self._parameters += parameters.sum(0)
+        sums = parameters.sum(0)
+        self._parameters = sums if self._parameters is None else self._parameters.add_(sums)
         self._add_column_scores(column_scores, tile)
         if row_partials is not None:
             self._gather(row_partials, self.image, tile.rows, first=tile.columns.start == 0)

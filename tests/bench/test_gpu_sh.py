@@ -162,6 +162,14 @@ def test_tuning_is_asked_for_and_comes_before_the_benchmark(tmp_path: Path, mach
     assert table(tmp_path) == {"versions": "ok", "peers": "ok", "build": "ok", "tune": "exit status 1", "bench": "ok"}
 
 
+def test_configurations_are_built_and_measured_before_the_benchmark(tmp_path: Path, machine: Run) -> None:
+    machine("--configs", "--skip", "versions,peers,build,tests,memcheck,racecheck")
+    made = calls(tmp_path)
+    flags = [call for call in made if call.startswith("cmake -S") and "CMAKE_CUDA_FLAGS=" in call]
+    assert len(flags) == 7 and sum("-DSK_SM90_LAG=3" in call for call in flags) == 1
+    assert "configs" in table(tmp_path) and "bench" in table(tmp_path)
+
+
 def test_wheels_beside_it_are_installed_without_network(tmp_path: Path, machine: Run) -> None:
     (tmp_path / "tree" / ".whl").mkdir()
     (tmp_path / "tree" / ".whl" / "memeff-0.3.1-py3-none-any.whl").touch()

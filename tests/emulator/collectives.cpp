@@ -72,6 +72,12 @@ void load(Lanes lanes) {
     }
 }
 
+// PTX ISA, "stmatrix": the same, the other way round.
+void gather_rows(Lanes lanes) {
+  for (int lane = 0; lane < kWarp; ++lane)
+    for (int m = 0; m < 4; ++m) std::memcpy(lanes[8 * m + lane / 4]->data + lane % 4 * 4, &lanes[lane]->a[m], 4);
+}
+
 }  // namespace
 
 void perform(Instruction instruction, Operands* const (&lanes)[kWarp]) {
@@ -90,6 +96,8 @@ void perform(Instruction instruction, Operands* const (&lanes)[kWarp]) {
     }
     case Instruction::kLoadMatrices:
       return load(lanes);
+    case Instruction::kStoreMatrices:
+      return gather_rows(lanes);
     case Instruction::kMultiplyBfloat16:
       return multiply<uint16_t>(lanes, [](uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); });
     case Instruction::kMultiplyHalf:
@@ -131,6 +139,30 @@ void load_matrices(uint32_t* out, const void* row, Where where) {
   operands.out = out;
   launch->meet(Instruction::kLoadMatrices, site, where, operands);
   for (const unsigned char* source : operands.source) tsan::reads(source, 4, site);
+}
+
+void store_matrices(const uint32_t* in, void* row, Where where) {
+  constexpr int kBytes = 16;
+  if (reinterpret_cast<uintptr_t>(row) % kBytes != 0 || !launch->holds(row, kBytes))
+    launch->fail(Instruction::kStoreMatrices, where, "a row of 16 bytes at " + launch->place(row));
+  const void* const site = __builtin_return_address(0);
+  Operands operands;
+  operands.a = in;
+  launch->meet(Instruction::kStoreMatrices, site, where, operands);
+  tsan::writes(row, kBytes, site);
+  std::memcpy(row, operands.data, kBytes);
+}
+
+void sync_warp(Where where) { launch->sync_warp(__builtin_return_address(0), where); }
+
+void Launch::sync_warp(const void* site, Where where) {
+  Fibre& fibre = me();
+  tsan::Order& order = arena_->warp[fibre.warp];
+  order.release();
+  Operands operands;
+  meet(Instruction::kSyncWarp, site, where, operands);
+  order.acquire();
+  fibre.sequence.renew();
 }
 
 void multiply_add(Instruction instruction, float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Where where) {

@@ -35,6 +35,8 @@ enum class Instruction {
   kShuffle,
   kAny,
   kLoadMatrices,
+  kStoreMatrices,
+  kSyncWarp,
   kMultiplyBfloat16,
   kMultiplyHalf,
   kMultiplyTf32,
@@ -57,6 +59,8 @@ enum class Instruction {
 uint64_t shuffle_xor(uint64_t value, int mask, Where where);
 bool any_in_warp(bool value, Where where);
 void load_matrices(uint32_t* out, const void* row, Where where);
+void store_matrices(const uint32_t* in, void* row, Where where);
+void sync_warp(Where where);
 void multiply_add(Instruction instruction, float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Where where);
 void sync_block(Where where);
 

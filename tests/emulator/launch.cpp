@@ -22,9 +22,11 @@ void poison(unsigned char* from, const unsigned char* to) {
     *reinterpret_cast<volatile uint64_t*>(from) = kPoison * 0x0101010101010101u;
 }
 
+// Few bytes of the thread's own: a library that is loaded late has no room for more.
 Arena* arenas() {
-  static thread_local Arena kept[2];
-  return kept;
+  static thread_local std::unique_ptr<Arena[]> kept;
+  if (!kept) kept = std::make_unique<Arena[]>(2);
+  return kept.get();
 }
 
 }  // namespace

@@ -8,22 +8,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "micro.h"
+
 namespace smartclip::micro {
-
-struct Parameters {
-  const void* in[3];
-  void* out;
-  int64_t number[4];
-
-  template <class T>
-  SK_DEVICE const T* input(int k) const {
-    return static_cast<const T*>(in[k]);
-  }
-  template <class T>
-  SK_DEVICE T* output() const {
-    return static_cast<T*>(out);
-  }
-};
 
 SK_DEVICE int global_index(int threads) { return ptx::block_index() * threads + ptx::thread_index(); }
 

@@ -94,12 +94,16 @@ std::string grouped(const char* whose, int count, const char* separator, Text te
 }  // namespace
 
 const char* name_of(Instruction instruction) {
-  constexpr const char* kNames[] = {
-      "shuffle_xor",        "any_in_warp",        "load_matrices", "multiply_add<bfloat16>",
-      "multiply_add<half>", "multiply_add<Tf32>", "sync_block",    "shared_storage",
-      "shared_address",     "copy_async_16",      "init_barrier",  "arrive",
-      "wait_for",           "sync_threads",       "copy_box",      "multiply_add_async",
-      "wait_for_products",  "set_registers"};
+  constexpr const char* kNames[] = {"shuffle_xor",        "any_in_warp",
+                                    "load_matrices",      "store_matrices",
+                                    "sync_warp",          "multiply_add<bfloat16>",
+                                    "multiply_add<half>", "multiply_add<Tf32>",
+                                    "sync_block",         "shared_storage",
+                                    "shared_address",     "copy_async_16",
+                                    "init_barrier",       "arrive",
+                                    "wait_for",           "sync_threads",
+                                    "copy_box",           "multiply_add_async",
+                                    "wait_for_products",  "set_registers"};
   return kNames[static_cast<int>(instruction)];
 }
 

@@ -40,6 +40,7 @@ struct Operands {
   float* c;
   const uint32_t* a;
   uint32_t b[2];
+  unsigned char data[16];  // a row that is stored
 };
 
 const char* name_of(Instruction instruction);
@@ -159,7 +160,7 @@ struct Arena {
   std::unique_ptr<Fibre[]> fibres;  // side by side, for they are gone through at every collective
   int made = 0;
   int64_t blocks = 0;  // that it has been used for
-  tsan::Order barrier[2], named[16][2], end[2];
+  tsan::Order barrier[2], named[16][2], warp[kMostThreads / kWarp], end[2];
 
   void reserve(int threads, size_t shared_bytes);
   char* stack_top(int thread) const;
@@ -176,6 +177,7 @@ class Launch {
   // In a fibre.
   void meet(Instruction instruction, const void* site, Where where, Operands& operands);
   void sync_block(const void* site, Where where);
+  void sync_warp(const void* site, Where where);
   void issue(const void* site, void* shared, const void* global, int bytes, Where where);
   void commit() { ++me().engine->group; }
   void wait(int pending);

@@ -19,6 +19,9 @@ SK_DEVICE int warp_index() { return threadIdx.x / kWarp; }
 // bar.sync 0: all threads of the block arrive; what they wrote to memory before is seen by all of them after.
 SK_DEVICE void sync_block() { __syncthreads(); }
 
+// bar.warp.sync by a whole warp: what its lanes wrote to memory before is seen by all of them after.
+SK_DEVICE void sync_warp() { __syncwarp(); }
+
 // No instruction: the compiler moves no access to memory across it, so that what is read anew needs no register
 // meanwhile.
 SK_DEVICE void keep_order() { asm volatile("" ::: "memory"); }

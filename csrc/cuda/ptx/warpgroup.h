@@ -98,6 +98,14 @@ SK_DEVICE void wait_for_products(float (&c)[kTiles][4]) {
 #undef SK_NAMES_OF_256
 #undef SK_PRODUCT
 
+// stmatrix.sync.aligned.m8n8.x4.shared.b16: what load_matrices reads, written: lane l gives the address of row l % 8 of
+// matrix l / 8, and of each matrix bytes 4 (l % 4) to 4 (l % 4) + 3 of row l / 4.
+SK_DEVICE void store_matrices(const uint32_t (&in)[4], void* row) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)),
+               "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
+               : "memory");
+}
+
 // setmaxnreg.sync.aligned: a warpgroup's registers a thread, a multiple of 8 from 24 to 256, fewer or more than before.
 template <int kRegisters>
 SK_DEVICE void give_registers() {

@@ -5,152 +5,17 @@
 #pragma once
 
 #include "sm90/forward.cuh"
-#include "tile/store.h"
+#include "sm90/store.cuh"
+#include "sm90/sums.cuh"
 
 namespace smartclip::cuda::sm90 {
-
-template <class Objective>
-SK_DEVICE void load_anchor(const Side<float>& side, int64_t index, float (&anchor)[Objective::kAnchor]) {
-#pragma unroll
-  for (int k = 0; k < Objective::kAnchor; ++k) anchor[k] = side.anchor[k * side.size + index];
-}
-
-// What G of plain pairs needs of a walk's columns: shares with one shift, for the columns and for what rows they meet.
-// Shares are finite, and G has all its digits, where shifts are not further than kReach from that.
-template <class Config, class Objective>
-struct ColumnShares {
-  static constexpr float kReach = 40;
-  float share[Objective::kBothSides ? Config::kBlockM : 1], even[Objective::kBothSides ? Config::kBlockM : 1];
-  float least[4], most[4];  // of the columns' own shifts, by warp
-
-  float shift, furthest;
-
-  SK_DEVICE bool reaches(float other) const { return furthest <= kReach && fabsf(other - shift) <= kReach; }
-
-  // By a whole warpgroup; then a barrier.
-  SK_DEVICE void bring(const Scores& p, int first) {
-    if constexpr (Objective::kBothSides)
-      bring_columns(p, first);
-    else if (Warpgroup<Config>::thread() == 0)
-      shift = furthest = 0;
-  }
-
- private:
-  SK_DEVICE void bring_columns(const Scores& p, int first) {
-    float anchor[(Config::kBlockM + Config::kWarpgroup - 1) / Config::kWarpgroup][Objective::kAnchor] = {};
-    const float kFar = -device::lowest<float>();
-    float least_own = kFar, most_own = -kFar;
-    for_own_columns<Config>([&](int k, int column) {
-      if (first + column >= p.tile.columns) return;
-      load_anchor<Objective>(p.problem.column, p.tile.column + first + column, anchor[k]);
-      const float shift = Objective::shift_of(anchor[k]);
-      // A NaN is nowhere near.
-      least_own = shift == shift ? fminf(least_own, shift) : -kFar;
-      most_own = shift == shift ? fmaxf(most_own, shift) : kFar;
-    });
-    const int warp = Warpgroup<Config>::warp();
-    least_own = -Lanes<1, 32>::max(-least_own);
-    most_own = Lanes<1, 32>::max(most_own);
-    if (ptx::lane_index() == 0) least[warp] = least_own, most[warp] = most_own;
-    Warpgroup<Config>::sync();
-    const float low = fminf(fminf(least[0], least[1]), fminf(least[2], least[3]));
-    const float high = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-    for_own_columns<Config>([&](int k, int column) {
-      const bool inside = first + column < p.tile.columns;
-      share[column] = inside ? Objective::share(anchor[k], low) : 0.0f;
-      even[column] = inside ? Objective::even(anchor[k]) : 0.0f;
-    });
-    if (Warpgroup<Config>::thread() == 0) shift = low, furthest = high - low;
-  }
-};
-
-// Of G * sim and of G. Long sums of numbers that are alike would lose digits: columns are summed apart, and chunks.
-struct ParameterSums {
-  float along = 0, total = 0;
-
-  SK_DEVICE void add(float grad, float sim) {
-    along = fmaf(grad, sim, along);
-    total += grad;
-  }
-  SK_DEVICE void add(const ParameterSums& other) {
-    along += other.along;
-    total += other.total;
-  }
-};
-
-// Sums of G * sim and of G over a walk, of every thread of a warpgroup: in registers they would be in the way.
-template <class Config>
-struct ParameterTotals {
-  double along_sim[Config::kWarpgroup], total[Config::kWarpgroup];
-
-  SK_DEVICE void clear() { along_sim[Warpgroup<Config>::thread()] = total[Warpgroup<Config>::thread()] = 0; }
-  SK_DEVICE void add(const ParameterSums& sums) {
-    along_sim[Warpgroup<Config>::thread()] += sums.along;
-    total[Warpgroup<Config>::thread()] += sums.total;
-  }
-  // Over the warpgroup, in a fixed order.
-  SK_DEVICE void store(double* out) const {
-    Warpgroup<Config>::sync();
-    if (Warpgroup<Config>::warp() >= 2) return;
-    const double* const numbers = Warpgroup<Config>::warp() == 0 ? along_sim : total;
-    double sum = 0;
-    for (int k = ptx::lane_index(); k < Config::kWarpgroup; k += ptx::kWarp) sum += numbers[k];
-    sum = Lanes<1, ptx::kWarp>::sum(sum);
-    if (ptx::lane_index() == 0) out[Warpgroup<Config>::warp()] = sum;
-  }
-};
-
-// Sums over a walk's rows of dL/dsim * sim; nothing where no column has a factor that they are the gradient of.
-template <class Config, bool kThere>
-struct ColumnScores {
-  SK_DEVICE static bool wanted(const Derivative&) { return false; }
-  SK_DEVICE void clear() {}
-  SK_DEVICE void put(int, float (&)[Config::kChunk]) {}
-  SK_DEVICE void put_column(int, float) {}
-  SK_DEVICE void add_tile() {}
-  SK_DEVICE void store(const Derivative&, const Walk&) const {}
-};
-
-template <class Config>
-struct ColumnScores<Config, true> {
-  WarpSums<Config> of_tile;
-  float total[Config::kBlockM];
-
-  SK_DEVICE static bool wanted(const Derivative& p) { return p.column_scores; }
-  SK_DEVICE void put(int chunk, float (&along)[Config::kChunk]) { of_tile.put(chunk, along); }
-  // Column c of a thread, of which it has a part.
-  SK_DEVICE void put_column(int c, float along) {
-    along = ColumnLanes::sum(along);
-    if (ptx::lane_index() / 4 == 0) of_tile.at(c) = along;
-  }
-
-  SK_DEVICE void clear() {
-    for_own_columns<Config>([&](int, int column) { total[column] = 0; });
-  }
-  // By a whole warpgroup, whose warps have put their sums of a tile.
-  SK_DEVICE void add_tile() {
-    Warpgroup<Config>::sync();
-    for_own_columns<Config>([&](int, int column) {
-#pragma unroll
-      for (int warp = 0; warp < 4; ++warp) total[column] += of_tile.sum[warp][column];
-    });
-    Warpgroup<Config>::sync();
-  }
-  SK_DEVICE void store(const Derivative& p, const Walk& walk) const {
-    for_own_columns<Config>([&](int, int at) {
-      const int column = walk.column_tile * Config::kBlockM + at;
-      const int64_t slot = int64_t(Config::kConsumers) * walk.part + Warpgroup<Config>::index();
-      if (column < p.tile.columns) p.column_scores[slot * p.tile.columns + column] = total[at];
-    });
-  }
-};
 
 template <class Config, class Similarity, class Objective>
 struct BackwardShared {
   Pipeline<Config> pipeline;
   using ColumnSums = ColumnScores<Config, Similarity::kFactors>;
   struct Consumer {
-    ColumnIds<Config> ids;
+    Ids<Config> ids;
     ColumnFactors<Config, Similarity> factors;
     ColumnShares<Config, Objective> shares;
     ColumnSums scores;
@@ -190,8 +55,8 @@ class GradientOf {
     }
     if (ptx::any_in_warp(!near)) chunks = {0, chunks.plain | chunks.mixed};
     ParameterSums sums;
-    if (p_.problem.label_smoothing != 0)
-      plain<true>(fragment, chunks.plain, mine_.shares.shift, share, even, sums, row);
+    if (Objective::kSmooths && p_.problem.label_smoothing != 0)
+      plain<Objective::kSmooths>(fragment, chunks.plain, mine_.shares.shift, share, even, sums, row);
     else
       plain<false>(fragment, chunks.plain, mine_.shares.shift, share, even, sums, row);
 #pragma unroll 1
@@ -307,7 +172,7 @@ SK_DEVICE void consume_gradient(const Launched<Gradient, Passes>& p,
         mine.parameters.add(gradient.replace(fragment, chunks, row));
 #pragma unroll
         for (int k = 0; k < Config::kAccumulators; ++k)
-          store_fragment(fragment, k, p.tile, place, p.out[k], p.out_stride);
+          store_fragment(fragment, k, p.tile, place, p.out[k], p.out_stride, mine.parked);
         if (mine.scores.wanted(p)) mine.scores.add_tile();
         if constexpr (!Objective::kNeedsStatistics)
           if (p.row_partials) store_row_states<Config>(p, place, row, p.row_partials);
@@ -329,76 +194,6 @@ gradient(SK_PARAMETER Launched<Gradient, Passes> p) {
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     consume_gradient(p, shared);
-  }
-}
-
-template <class Config, class Similarity>
-struct DerivativeShared {
-  Pipeline<Config> pipeline;
-  using ColumnSums = ColumnScores<Config, Similarity::kFactors>;
-  struct Consumer {
-    ColumnFactors<Config, Similarity> factors;
-    ColumnSums scores;
-    ParkedChunk<Config> parked;
-    WalkAt<Config> at;
-  } consumers[Config::kConsumers];
-};
-
-// dL/daccumulator from a given dL/dsim, pair by pair.
-template <class Config, class Similarity, class Passes>
-SK_DEVICE void consume_derivative(const Launched<Derivative, Passes>& p, DerivativeShared<Config, Similarity>& shared) {
-  using F = Fragment<Config>;
-  auto& mine = shared.consumers[Warpgroup<Config>::index()];
-  const float unit = p.unit ? *p.unit : 1.0f;
-  for_tiles<Config, Passes>(
-      p, shared.pipeline, mine.at,
-      [&](int first_column) {
-        mine.factors.bring(p, first_column);
-        mine.scores.clear();
-      },
-      [&](Place place, F& fragment) {
-        const KnownFactors<Config, Similarity> factors(p, place, mine.factors);
-#pragma unroll 1
-        for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
-          park(fragment, chunk, mine.parked);
-#pragma unroll 1
-          for (int i = 0; i < Config::kChunk; ++i) {
-            const int c = chunk * Config::kChunk + i, column = place.column + F::column(c);
-            float along = 0;
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-              const int row = place.row + F::row(r);
-              const bool inside = row < p.tile.rows && column < p.tile.columns;
-              const float given = inside ? p.grad_sim[int64_t(row) * p.tile.columns + column] / unit : 0.0f;
-              const ScoreOf<Config, Similarity> score(factors, mine.parked, r, c);
-              along += inside ? given * score.sim : 0.0f;
-              score.derive(mine.parked, given, r, c);
-            }
-            if (mine.scores.wanted(p)) mine.scores.put_column(c, along);
-          }
-          unpark(mine.parked, chunk, fragment);
-        }
-#pragma unroll
-        for (int k = 0; k < Config::kAccumulators; ++k)
-          store_fragment(fragment, k, p.tile, place, p.out[k], p.out_stride);
-        if (mine.scores.wanted(p)) mine.scores.add_tile();
-      },
-      [&](const Walk& walk, int) {
-        if (mine.scores.wanted(p)) mine.scores.store(p, walk);
-      });
-}
-
-template <class Config, class Similarity, class Passes>
-SK_KERNEL(Config::kThreads, 1)
-derivative(SK_PARAMETER Launched<Derivative, Passes> p) {
-  auto& shared = ptx::shared_storage<DerivativeShared<Config, Similarity>>();
-  shared.pipeline.start();
-  if (Warpgroup<Config>::index() == Config::kConsumers) {
-    ptx::give_registers<Config::kProducerRegisters>();
-    bring_operands<Config>(p, shared.pipeline);
-  } else {
-    ptx::take_registers<Config::kConsumerRegisters>();
-    consume_derivative(p, shared);
   }
 }
 

@@ -62,17 +62,22 @@ SK_DEVICE void for_own_columns(Body body) {
 template <class Config, class T>
 using OwnColumns = T[(Config::kBlockM + Config::kWarpgroup - 1) / Config::kWarpgroup];
 
-// A chunk of a thread's fragment in shared memory, where an index may be known at run time only.
+// A chunk of a warp's fragment in shared memory, where an index may be known at run time only. Each warp has a place of
+// its own, which it uses for what it stores, too.
 template <class Config>
 struct ParkedChunk {
-  float number[Config::kAccumulators][kRows * Config::kChunk][Config::kWarpgroup];
+  struct alignas(128) OfWarp {
+    float number[Config::kAccumulators][kRows * Config::kChunk][ptx::kWarp];
+  } warp[4];
 
   SK_DEVICE float& at(int accumulator, int r, int c) {
-    return number[accumulator][r * Config::kChunk + c % Config::kChunk][Warpgroup<Config>::thread()];
+    return own().number[accumulator][r * Config::kChunk + c % Config::kChunk][ptx::lane_index()];
   }
   SK_DEVICE float at(int accumulator, int r, int c) const {
-    return number[accumulator][r * Config::kChunk + c % Config::kChunk][Warpgroup<Config>::thread()];
+    return warp[Warpgroup<Config>::warp()]
+        .number[accumulator][r * Config::kChunk + c % Config::kChunk][ptx::lane_index()];
   }
+  SK_DEVICE OfWarp& own() { return warp[Warpgroup<Config>::warp()]; }
 };
 
 // Calls body(chunk) for a set of them, unrolled; body(i, c) for the columns of one, which are a thread's c.
@@ -117,22 +122,62 @@ SK_DEVICE void unpark(const ParkedChunk<Config>& parked, int chunk, Fragment<Con
                     [&](int k, int r, int c) { fragment.at(k, r, c) = parked.at(k, r, c); });
 }
 
-// What is known of a walk's columns, in shared memory. After bring(), a barrier.
+// Ids of a walk's columns, in shared memory, and between which numbers they are. After bring(), a barrier.
 template <class Config>
-struct ColumnIds {
-  int32_t id[Config::kBlockM], ignore[Config::kBlockM];
+class ColumnIds {
+  using F = Fragment<Config>;
 
-  SK_DEVICE void bring(const Scores& p, int first) {
-    const Side<float>& side = p.problem.column;
+ public:
+  // Null: there are none. Columns beyond the part have the id of the first.
+  SK_DEVICE void bring(const Scores& p, int first, const int32_t* ids) {
+    if (!ids) return;
+    uint32_t most = 0, most_below = 0;
     for_own_columns<Config>([&](int, int column) {
-      const bool inside = first + column < p.tile.columns;
-      const int64_t at = p.tile.column + first + column;
-      id[column] = inside ? side.id[at] : 0;
-      ignore[column] = inside && side.ignore ? side.ignore[at] : 0;
+      const int32_t id = ids[p.tile.column + first + (first + column < p.tile.columns ? column : 0)];
+      id_[column] = id;
+      most = max(most, static_cast<uint32_t>(id));
+      most_below = max(most_below, ~static_cast<uint32_t>(id));
     });
+    most = Lanes<1, 32>::max(most);
+    most_below = Lanes<1, 32>::max(most_below);
+    if (ptx::lane_index() != 0) return;
+    most_[Warpgroup<Config>::warp()] = most;
+    least_[Warpgroup<Config>::warp()] = ~most_below;
   }
+
+  // Chunks of a warp's part in which an id of its rows is.
+  SK_DEVICE uint32_t chunks_with(const int32_t (&id)[kRows]) const {
+    const uint32_t a = static_cast<uint32_t>(id[0]), b = static_cast<uint32_t>(id[1]);
+    const uint32_t most = ColumnLanes::max(max(a, b)), least = ~ColumnLanes::max(max(~a, ~b));
+    const auto over = [](const uint32_t (&x)[4]) { return max(max(x[0], x[1]), max(x[2], x[3])); };
+    const auto under = [](const uint32_t (&x)[4]) { return min(min(x[0], x[1]), min(x[2], x[3])); };
+    if (most < under(least_) || least > over(most_)) return 0;  // as nearly everywhere, where nobody gave ids
+    uint32_t chunks = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+      bool equal = false;
+#pragma unroll
+      for (int i = 0; i < Config::kChunk; i += 2) {
+        const int2 pair = *reinterpret_cast<const int2*>(id_ + F::column(chunk * Config::kChunk + i));
+        if (pair.x == id[0]) equal = true;
+        if (pair.x == id[1]) equal = true;
+        if (pair.y == id[0]) equal = true;
+        if (pair.y == id[1]) equal = true;
+      }
+      chunks |= uint32_t(ptx::any_in_warp(equal)) << chunk;
+    }
+    return chunks;
+  }
+
+ private:
+  SK_DEVICE static uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
+  SK_DEVICE static uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+  alignas(8) int32_t id_[Config::kBlockM];
+  uint32_t least_[4], most_[4];  // by warp
 };
 
+// After bring(), a barrier.
 template <class Config, class Similarity>
 struct ColumnFactors {
   float factor[Similarity::kFactors ? Config::kBlockM : 1];
@@ -164,33 +209,36 @@ struct KnownFactors {
   SK_DEVICE float of_column(int c) const { return Similarity::kFactors ? column[Fragment<Config>::column(c)] : 0.0f; }
 };
 
+// What makes pairs differ: equal ids, or equal ids that ignore them.
+template <class Config>
+struct Ids {
+  ColumnIds<Config> id, ignore;
+
+  SK_DEVICE void bring(const Scores& p, int first) {
+    id.bring(p, first, p.problem.column.id);
+    ignore.bring(p, first, p.problem.column.ignore);
+  }
+};
+
 // Chunks of a warp's part, a bit each: all pairs plain, or to be looked at one by one. Rows beyond the part have none.
 struct Chunks {
   uint32_t plain, mixed;
 
   template <class Config>
-  SK_DEVICE static Chunks of(const Scores& p, Place place, const ColumnIds<Config>& columns) {
+  SK_DEVICE static Chunks of(const Scores& p, Place place, const Ids<Config>& ids) {
     using F = Fragment<Config>;
     const int first = place.row + F::warp_n() * Config::kWarpN;
     if (first >= p.tile.rows) return {0, 0};
     if (first + Config::kWarpN > p.tile.rows) return {0, Config::kAllChunks};
+    const int whole = (p.tile.columns - place.column) / Config::kChunkColumns;
+    uint32_t mixed = whole < Config::kChunks ? Config::kAllChunks & ~0u << whole : 0;
     const Side<float>& side = p.problem.row;
-    const int64_t at = p.tile.row + place.row;
-    const int32_t id[kRows] = {side.id[at + F::row(0)], side.id[at + F::row(1)]};
-    int32_t ignore[kRows] = {};
-    if (side.ignore) ignore[0] = side.ignore[at + F::row(0)], ignore[1] = side.ignore[at + F::row(1)];
-    uint32_t mixed = 0;
-#pragma unroll
-    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
-      bool equal = place.column + (chunk + 1) * Config::kChunkColumns > p.tile.columns;
-#pragma unroll
-      for (int i = 0; i < Config::kChunk; ++i) {
-        const int column = F::column(chunk * Config::kChunk + i);
-        equal |= columns.id[column] == id[0] || columns.id[column] == id[1];
-        if (side.ignore) equal |= columns.ignore[column] == ignore[0] || columns.ignore[column] == ignore[1];
-      }
-      mixed |= uint32_t(ptx::any_in_warp(equal)) << chunk;
-    }
+    const auto of_rows = [&](const int32_t* ids, const ColumnIds<Config>& columns) {
+      const int32_t* const of_tile = ids + p.tile.row + place.row;
+      return columns.chunks_with({of_tile[F::row(0)], of_tile[F::row(1)]});
+    };
+    mixed |= of_rows(side.id, ids.id);
+    if (side.ignore) mixed |= of_rows(side.ignore, ids.ignore);
     return {Config::kAllChunks & ~mixed, mixed};
   }
 };

@@ -4,6 +4,17 @@
 #include "kernels.h"
 #include "ptx/matrix.h"
 
+// What a card has to choose. Other values by CMAKE_CUDA_FLAGS; `bench/gpu.sh --configs` measures some.
+#ifndef SK_SM90_LAG
+#define SK_SM90_LAG 2  // steps that the second warpgroup is behind the first
+#endif
+#ifndef SK_SM90_GROUP
+#define SK_SM90_GROUP 2048  // columns that blocks work on at the same time
+#endif
+#ifndef SK_SM90_WALK
+#define SK_SM90_WALK 16  // most tiles of a walk
+#endif
+
 namespace smartclip::cuda::sm90 {
 
 // A block's tile is 128 rows by kColumns_ columns. Each of two warpgroups multiplies 64 rows of it; a third one has the
@@ -32,7 +43,7 @@ struct Config {
 
   // The second warpgroup begins so many steps after the first, and stays behind: one multiplies while the other is in
   // its epilogue.
-  static constexpr int kLag = 2;
+  static constexpr int kLag = SK_SM90_LAG;
   static_assert(kLag < kStages, "who is ahead must not wait for who is behind");
 
   // Registers of a thread, of 65,536 in all: those that bring operands give theirs to those that multiply.
@@ -46,7 +57,7 @@ struct Config {
   static constexpr bool kReadsAnew = kAccumulators > 1;
 
   // Tiles of columns that blocks work on at the same time: those of their operands stay in the second cache.
-  static constexpr int kGroup = 2048 / kBlockM;
+  static constexpr int kGroup = SK_SM90_GROUP / kBlockM;
 };
 
 // As many sums a thread as fit its registers, for most work a byte; or few, for many tiles.
@@ -83,7 +94,7 @@ int64_t cost_of(const Plan& plan, int multiprocessors) {
 
 template <class Wide, class Narrow>
 Plan plan(int rows, int columns, int multiprocessors) {
-  constexpr int kMostTiles = 16;
+  constexpr int kMostTiles = SK_SM90_WALK;
   Plan best = plan_of<Narrow>(rows, columns, 1, multiprocessors);
   int64_t least = cost_of<Narrow>(best, multiprocessors);
   const auto consider = [&](const Plan& plan, int64_t cost) {

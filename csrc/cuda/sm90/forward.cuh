@@ -31,9 +31,10 @@ template <class Config, class Similarity, class Objective>
 struct ForwardShared {
   Pipeline<Config> pipeline;
   struct Consumer {
-    ColumnIds<Config> ids;
+    Ids<Config> ids;
     ColumnFactors<Config, Similarity> factors;
     ColumnExchange<Config, Objective> exchange;
+    OwnColumns<Config, typename Objective::template State<float>> column[Config::kReadsAnew ? Config::kWarpgroup : 1];
     WalkAt<Config> at;
   } consumers[Config::kConsumers];
 };
@@ -227,7 +228,8 @@ SK_DEVICE void consume_statistics(const Launched<Statistics, Passes>& p,
   using State = typename Objective::template State<float>;
   const int consumer = Warpgroup<Config>::index();
   auto& mine = shared.consumers[consumer];
-  OwnColumns<Config, State> column;
+  OwnColumns<Config, State> in_registers;
+  auto& column = Config::kReadsAnew ? mine.column[Warpgroup<Config>::thread()] : in_registers;
   for_tiles<Config, Passes>(
       p, shared.pipeline, mine.at,
       [&](int first_column) {

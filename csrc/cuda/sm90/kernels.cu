@@ -1,5 +1,6 @@
 // The table of sm_90a kernels of one element type, SK_ELEMENT; compiled once for each.
 #include "sm90/backward.cuh"
+#include "sm90/derivative.cuh"
 #include "sm90/forward.cuh"
 #include "sm90/search.cuh"
 #include "table.h"

@@ -23,6 +23,9 @@ SK_DEVICE int warp_index() { return emulator::identity->warp; }
 // PTX ISA, "bar, barrier": bar.sync 0.
 SK_DEVICE void sync_block(SK_HERE) { emulator::sync_block(where); }
 
+// PTX ISA, "bar.warp.sync".
+SK_DEVICE void sync_warp(SK_HERE) { emulator::sync_warp(where); }
+
 SK_DEVICE int computed_here(int x) { return x; }
 
 SK_DEVICE void keep_order() { asm volatile("" ::: "memory"); }

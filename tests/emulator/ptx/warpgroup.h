@@ -39,6 +39,9 @@ SK_DEVICE void wait_for_products(float (&c)[kTiles][4], SK_HERE) {
   asm volatile("" ::"r"(c) : "memory");
 }
 
+// PTX ISA, "stmatrix": .m8n8.x4.b16. Orders no memory.
+SK_DEVICE void store_matrices(const uint32_t (&in)[4], void* row, SK_HERE) { emulator::store_matrices(in, row, where); }
+
 // PTX ISA, "setmaxnreg".
 template <int kRegisters>
 SK_DEVICE void give_registers(SK_HERE) {

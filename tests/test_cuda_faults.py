@@ -1,0 +1,122 @@
+"""The emulator sees faults in the kernels themselves: one planted at a time, each has to be reported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import smartclip_kernels as sk
+from bench import cuda_ahead
+from tests.emulator import build
+from tests.emulator.kernels import kernels_module
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif("cuda" not in sk.available_backends(), reason="no g++ to build the emulator with"),
+]
+
+FAULTS = {
+    "a wrong swizzle": ("sm80/products.cuh", "to + swizzled<Config::kRowBytes>(row, chunk_)",
+                        "to + row * Config::kRowBytes + 16 * chunk_"),
+    "a wrong number of groups": ("sm80/products.cuh", "wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>"),
+    "a wrong fragment index": ("tile/layout.h", "ptx::lane_index() / 4 + r % 2 * 8",
+                               "ptx::lane_index() / 4 * 2 + r % 2"),
+    "an output left unwritten": ("tile/store.h", "if (row < tile.rows && place.column + column < tile.columns)",
+                                 "if (row + 1 < tile.rows && place.column + column < tile.columns)"),
+    "states of one warp alone": ("sm80/forward.cuh", "for (int warp = 1; warp < Config::kWarpsN; ++warp) state.merge",
+                                 "for (int warp = 1; warp < 1; ++warp) state.merge"),
+    "a stage that products still read": ("sm90/pipeline.cuh", "ptx::wait_for_products<1>(sum);", ""),
+    "the wrong phase": ("sm90/pipeline.cuh", "wait_for(pipeline_.full[turn_.stage], turn_.parity)",
+                        "wait_for(pipeline_.full[turn_.stage], turn_.parity ^ 1)"),
+    "a stage not waited for": ("sm90/pipeline.cuh", "ptx::wait_for(pipeline.empty[turn.stage], turn.parity ^ 1);", ""),
+    "too few bytes": ("sm90/pipeline.cuh", "arrive_expecting(full, Config::kStageBytes)",
+                      "arrive_expecting(full, Config::kStageBytes - 128)"),
+    "a barrier without its fence": ("sm90/pipeline.cuh", "      ptx::fence_async();\n", ""),
+    "products not begun": ("sm90/pipeline.cuh", "        ptx::begin_products();\n", ""),
+    "rows of the other warpgroup": ("sm90/pipeline.cuh", "consumer * Config::kConsumerRows", "0 * consumer"),
+    "a shift that is not a row's": ("sm90/forward.cuh", "shift = Lanes<1, 32>::max(shift);", ""),
+    "columns of one warp alone": ("sm90/forward.cuh",
+                                  "for (int warp = 0; warp < 4; ++warp)\n        if (exchange_.plain",
+                                  "for (int warp = 0; warp < 1; ++warp)\n        if (exchange_.plain"),
+    "a column's number in a wrong lane": ("sm90/chunks.cuh", "const bool upper = g & half;",
+                                          "const bool upper = !(g & half);"),
+    "ids of a chunk not looked at": ("sm90/chunks.cuh", "mixed |= of_rows(side.id, ids.id);", ""),
+    "a chunk not put back": ("sm90/backward.cuh", "    unpark(parked, chunk, fragment);\n    if (keeps",
+                             "    if (keeps"),
+}  # fmt: skip
+CHECK = """
+import torch
+from smartclip_kernels.testing import check_loss, make_inputs
+torch.use_deterministic_algorithms(True)
+check_loss(make_inputs(140, 600, 328, dtype=torch.bfloat16), backend="cuda")
+"""
+
+
+def changed_kernels(tmp_path: Path, file: str, right: str, wrong: str, variant: build.Variant = "plain") -> Path:
+    """The bfloat16 kernels of one architecture, or of both, with one place of them changed."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    text = (csrc / "cuda" / file).read_text()
+    assert text.count(right) == 1, f"{file} has it {text.count(right)} times: {right}"
+    (csrc / "cuda" / file).write_text(text.replace(right, wrong))
+    return kernels_module(variant, csrc=csrc, elements=("bfloat16",), architectures=(family_of(file),))
+
+
+def family_of(file: str) -> str:
+    return "sm90" if file.startswith("sm90") else "sm80"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, tmp_path: Path, run_python: Any) -> None:
+    """In some order that the machine may choose."""
+    file = FAULTS[fault][0]
+    module = changed_kernels(tmp_path, *FAULTS[fault])
+    environment = {
+        "SMARTCLIP_CUDA_EMULATOR": str(module),
+        "SMARTCLIP_CUDA_ARCHITECTURE": cuda_ahead.FAMILIES[family_of(file)],
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    for order in ("", "copies=earliest", "order=random,copies=random,seed=1", "order=reverse"):
+        result = run_python(CHECK, SMARTCLIP_EMULATOR=order, **environment)
+        if result.returncode != 0:
+            break
+    else:
+        pytest.fail("it was not found")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(("AssertionError: ", "RuntimeError: ")), last
+
+
+BARRIERS = {
+    "of the block, before a stage is used again": (
+        "sm80/products.cuh", "ptx::wait_for_copies<kStages - 2>();\n      ptx::sync_block();",
+        "ptx::wait_for_copies<kStages - 2>();"),
+    "of a warpgroup, before its sums of columns are read": (
+        "sm90/forward.cuh", "    Warpgroup<Config>::sync();\n    merge_plain_columns(column);",
+        "    merge_plain_columns(column);"),
+    "of an mbarrier, before a stage is filled again": (
+        "sm90/pipeline.cuh", "ptx::wait_for(pipeline.empty[turn.stage], turn.parity ^ 1);", ""),
+    "none is taken out of sm_80": ("sm80/products.cuh", "wait_for_copies<0>();", "wait_for_copies<0>();"),
+    "none is taken out of sm_90a": ("sm90/pipeline.cuh", "wait_for_products<0>(sum);", "wait_for_products<0>(sum);"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_missing_barrier_is_a_race(barrier: str, tmp_path: Path) -> None:
+    """ThreadSanitizer sees threads and engines as fibres that only barriers order."""
+    if reason := build.why_not_sanitized():
+        pytest.skip(reason)
+    file = BARRIERS[barrier][0]
+    module = changed_kernels(tmp_path, *BARRIERS[barrier], variant="tsan")
+    environment = {
+        "SMARTCLIP_CUDA_EMULATOR": str(module),
+        "SMARTCLIP_CUDA_ARCHITECTURE": cuda_ahead.FAMILIES[family_of(file)],
+    }
+    result = build.sanitized(["-c", CHECK], environment=environment)
+    if barrier.startswith("none"):
+        assert result.returncode == 0, result.stderr[-2000:]
+    else:
+        assert "ThreadSanitizer: data race" in result.stderr, result.stderr[-2000:]
