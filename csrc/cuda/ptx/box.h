@@ -17,6 +17,22 @@ using TensorMap = CUtensorMap;
 
 constexpr int kBoxRowBytes = 128;
 
+// A function of the driver by way of the runtime: nothing is linked to the driver, which may not be there.
+inline void* driver_function(const char* name, const char* needs) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  constexpr unsigned kSince = 12000;
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &function, kSince, cudaEnableDefault, &found);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+#endif
+  cuda::check(error, "cudaGetDriverEntryPoint", name);
+  if (found != cudaDriverEntryPointSuccess)
+    throw std::runtime_error(std::string("smartclip_kernels: there is no ") + name + " here; it needs " + needs);
+  return function;
+}
+
 // Of (rows, depth) numbers of 2 bytes, whose rows start `stride` numbers apart, boxes of box_rows rows of 128 bytes of
 // depth. What lies beyond the matrix becomes 0. In shared memory a box's rows follow one another, 128 bytes each, and
 // chunk k of 16 bytes of row r is at chunk k ^ (r % 8): tile/layout.h, swizzled<128>. Addresses and strides are
@@ -26,18 +42,8 @@ TensorMap tensor_map(const void* matrix, int64_t rows, int64_t depth, int64_t st
   static_assert(sizeof(Element) == 2, "numbers of 2 bytes");
   constexpr auto kType =
       std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  // The driver's function by way of the runtime: nothing is linked to the driver, which may not be there.
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    constexpr unsigned kSince = 12000;
-    cuda::check(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &found),
-        "cudaGetDriverEntryPointByVersion", "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error("smartclip_kernels: this driver has no cuTensorMapEncodeTiled; it needs CUDA 12");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
+  static const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
+      driver_function("cuTensorMapEncodeTiled", "a driver of CUDA 12"));
   TensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(depth), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * sizeof(Element)};
