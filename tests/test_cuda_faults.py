@@ -118,5 +118,7 @@ def test_a_missing_barrier_is_a_race(barrier: str, tmp_path: Path) -> None:
     result = build.sanitized(["-c", CHECK], environment=environment)
     if barrier.startswith("none"):
         assert result.returncode == 0, result.stderr[-2000:]
+    elif barrier.startswith("of an mbarrier"):  # the emulator itself comes first: the ring overtakes its barriers
+        assert "smartclip_kernels emulator" in result.stderr, result.stderr[-2000:]
     else:
         assert "ThreadSanitizer: data race" in result.stderr, result.stderr[-2000:]

@@ -25,10 +25,9 @@ from torch import Tensor
 from smartclip_kernels import backends, testing
 from tests.emulator import build
 from tests.emulator.kernels import kernels_module
-from tests.emulator.micro import Micro
+from tests.emulator.micro import GOLDEN, Micro, bits, check_same, for_device, keep, keep_if_asked, kept, sanitized
 
 MICRO = build.EMULATOR / "micro.cu"
-GOLDEN = build.EMULATOR / "golden"
 NAN = float("nan")
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no g++")
@@ -56,10 +55,6 @@ def random(shape: Sequence[int], dtype: torch.dtype = torch.float32, seed: int =
         return torch.randn(*shape, generator=generator).to(dtype)
     info = torch.iinfo(dtype)
     return torch.randint(info.min, info.max, tuple(shape), dtype=dtype, generator=generator)
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
 
 
 # What every kernel computes
@@ -288,6 +283,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }
 
 
+BOUNDS = {name: bound for name, (_, bound) in FUNCTIONS.items()}
+
+
 def arguments(function: str) -> Tensor:
     x = torch.cat([random([4000]), random([4000]) * 100, 10.0 ** (random([4000]) * 10)])
     x = torch.cat(
@@ -504,34 +502,11 @@ def test_options_that_there_are_not(micro: Micro, options: str, choose: Callable
 # Races: ThreadSanitizer sees the accesses of kernels, in the order that barriers and waits give them and no other
 
 
-SANITIZED = """
-import ctypes, sys
-micro = ctypes.CDLL(sys.argv[1]).micro
-memory = ctypes.create_string_buffer(4 << 20)
-start = (ctypes.addressof(memory) + 63) // 64 * 64
-for case in sys.argv[2:]:
-    print(f"case {case}", file=sys.stderr, flush=True)
-    name, blocks, *numbers = case.split(",")
-    error = ctypes.create_string_buffer(1000)
-    pointers = (ctypes.c_void_p * 4)(*(start + (k << 20) for k in range(4)))
-    numbers = (ctypes.c_int64 * 4)(*map(int, numbers))
-    if micro(name.encode(), pointers, numbers, ctypes.c_int64(int(blocks)), error, 1000):
-        print(error.value.decode(), file=sys.stderr, flush=True)
-"""
 PIPELINE = "product_bfloat16,6,128,192,99,104"
 CLEAN = ["hand_over,1,0", "hand_over_in_warp,1,0", "two_blocks,3,32", "own_copy,1,0", "left_behind,5", PIPELINE,
          "product_tf32,6,128,192,20,104"]  # fmt: skip
 RACES = ["hand_over,1,1", "hand_over,1,2", "hand_over_in_warp,1,1", "two_blocks,2,0", "own_copy,1,1",
          "product_no_barrier_after_wait,1,64,64,99,104", "product_no_barrier_before_copy,1,64,64,99,104"]  # fmt: skip
-
-
-def sanitized(cases: list[str]) -> tuple[int, dict[str, str]]:
-    """What is reported of each case."""
-    library = build.build([MICRO], "micro", variant="tsan")
-    done = build.sanitized(["-c", SANITIZED, str(library), *cases])
-    parts = re.split("^case (.*)\n", done.stderr, flags=re.MULTILINE)
-    assert parts[1::2] == cases, done.stderr[-3000:]
-    return done.returncode, dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @pytest.fixture
@@ -545,13 +520,13 @@ def sanitizer() -> None:
 @pytest.mark.parametrize("options", ["", "order=random,seed=1"])
 def test_correct_kernels_have_no_race(options: str, choose: Callable[[str], None]) -> None:
     choose(options)
-    code, reports = sanitized(CLEAN)
+    code, reports = sanitized(MICRO, CLEAN)
     assert code == 0 and not any(reports.values()), reports
 
 
 @pytest.mark.usefixtures("sanitizer")
 def test_faults_are_named_there_too() -> None:
-    code, reports = sanitized(["deadlock,1", "touch,1,0", "hand_over,1,0", "touch,1,0"])
+    code, reports = sanitized(MICRO, ["deadlock,1", "touch,1,0", "hand_over,1,0", "touch,1,0"])
     assert code == 0
     for report, what in zip(reports.values(), ("nobody can go on", "touches address 0", ""), strict=False):
         assert what in report and "ThreadSanitizer" not in report and report.count("\n") == bool(what)
@@ -561,7 +536,7 @@ def test_faults_are_named_there_too() -> None:
 @pytest.mark.parametrize("race", RACES)
 def test_every_race_is_found(race: str) -> None:
     """After a launch that has used up the clocks of newer sanitizers, too."""
-    code, reports = sanitized([PIPELINE, race])
+    code, reports = sanitized(MICRO, [PIPELINE, race])
     assert code == 66 and not reports[PIPELINE]
     assert "WARNING: ThreadSanitizer: data race" in reports[race] and "micro.cu" in reports[race], reports[race]
 
@@ -732,47 +707,19 @@ def every_output(micro: Micro) -> dict[str, Tensor]:
     return outputs
 
 
-def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bits, but where the machine is free: sums of products to 2⁻¹⁶ of the largest, functions to twice their bound."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if name in FUNCTIONS:
-            torch.testing.assert_close(found[name], value, rtol=2 * FUNCTIONS[name][1], atol=0, equal_nan=True)
-        elif name.startswith(("multiply_add", "product")) and not name.endswith("exact"):
-            assert (found[name] - value).abs().max() <= 2.0**-16 * value.abs().max(), name
-        else:
-            assert torch.equal(bits(found[name]), bits(value)), name
-
-
-def keep(path: Path, outputs: dict[str, Tensor]) -> None:
-    arrays: dict[str, Any] = {name: bits(value).numpy() for name, value in outputs.items()}
-    np.savez_compressed(path, **arrays)
-
-
-def kept(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    with np.load(path) as file:
-        return {name: torch.from_numpy(file[name]).view(like[name].dtype).reshape(like[name].shape) for name in file}
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(shutil.which("nvcc") is None or not torch.cuda.is_available(), reason="needs nvcc and a GPU")
 def test_a_device_gives_the_same(micro: Micro, tmp_path: Path) -> None:
     """SMARTCLIP_WRITE_GOLDEN=1 keeps what the device gave, for the machines that have none."""
-    library = tmp_path / "micro.so"
-    command = ["nvcc", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", f"-I{build.CSRC / 'cuda'}"]
-    subprocess.run([*command, f"-I{build.CSRC}", str(MICRO), "-o", str(library)], check=True)
-    found = every_output(Micro(library, "cuda"))
-    if os.environ.get("SMARTCLIP_WRITE_GOLDEN") == "1":
-        GOLDEN.mkdir(exist_ok=True)
-        name = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-        keep(GOLDEN / f"{name}.npz", found)
-    check_same(found, every_output(micro))
+    found = every_output(for_device(MICRO, tmp_path))
+    keep_if_asked(GOLDEN, found)
+    check_same(found, every_output(micro), BOUNDS)
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.npz")), ids=lambda path: path.stem)
 def test_what_a_device_gave(micro: Micro, path: Path) -> None:
     expected = every_output(micro)
-    check_same(kept(path, expected), expected)
+    check_same(kept(path, expected), expected, BOUNDS)
 
 
 def test_golden_values_are_compared(micro: Micro, tmp_path: Path) -> None:
@@ -780,12 +727,12 @@ def test_golden_values_are_compared(micro: Micro, tmp_path: Path) -> None:
     outputs = every_output(micro)
     keep(tmp_path / "device.npz", outputs)
     again = kept(tmp_path / "device.npz", outputs)
-    check_same(again, outputs)
+    check_same(again, outputs, BOUNDS)
     for name, value in again.items():
         changed = value.clone()
         changed.view(torch.uint8).flatten()[-3:] ^= 0x7F
         with pytest.raises(AssertionError):
-            check_same({**again, name: changed}, outputs)
+            check_same({**again, name: changed}, outputs, BOUNDS)
 
 
 @pytest.mark.slow

@@ -5,21 +5,6 @@
 
 namespace smartclip::emulator {
 
-void Launch::begin_engines() {
-  barriers_.clear();
-  boxes_.clear();
-  sleepers_.clear();
-  for (NamedBarrier& named : named_) named = {};
-  const int count = threads_ / Warpgroup::kThreads;
-  for (int k = 0; k < count; ++k) {
-    warpgroups_[k].products.clear();
-    warpgroups_[k].executed = warpgroups_[k].asking = warpgroups_[k].asked = 0;
-    constexpr int kAll = 65536, kUnit = 8;
-    warpgroups_[k].registers = kAll / threads_ / kUnit * kUnit;
-  }
-  async_view_.assign(shared_bytes_, kPoison);
-}
-
 void Launch::sleep(Fibre& fibre, Instruction instruction, Where where) {
   sleepers_.push_back(&fibre);
   park(fibre, instruction, where);
@@ -33,17 +18,25 @@ void Launch::wake() {
 Barrier& Launch::barrier(unsigned char* address, Instruction instruction, Where where) {
   const auto found = barriers_.find(address);
   if (found == barriers_.end()) fail(instruction, where, "no barrier was initialised at " + place(address));
+  if (std::memcmp(address, &Barrier::kBits, sizeof(Barrier::kBits)) != 0)
+    fail(instruction, where, "something else was written over the barrier at " + place(address));
   return found->second;
 }
 
-void Launch::init_barrier(unsigned char* address, int arrivals, Where where) {
+void Launch::init_barrier(const void* site, unsigned char* address, int arrivals, Where where) {
+  constexpr size_t kBytes = sizeof(Barrier::kBits);
   const auto refuse = [&](const std::string& what) { fail(Instruction::kInitBarrier, where, what); };
-  if (!holds(address, 8) || (address - shared()) % 8 != 0) refuse("a barrier of 8 bytes at " + place(address));
-  if (arrivals < 1 || arrivals >= 1 << 20) refuse(std::to_string(arrivals) + " arrivals");
+  if (!holds(address, kBytes) || (address - shared()) % kBytes != 0)
+    refuse("a barrier of 8 bytes at " + place(address));
+  if (arrivals < 1 || arrivals > Barrier::kMostArrivals) refuse(std::to_string(arrivals) + " arrivals");
   if (barriers_.count(address)) refuse("there is a barrier at " + place(address));
+  tsan::Order* const phase = arena_->traces.barrier(barriers_.size());
   Barrier& barrier = barriers_[address];
   barrier.arrivals = barrier.pending = arrivals;
   barrier.by = me().thread;
+  barrier.phase = phase;
+  tsan::writes(address, kBytes, site);
+  std::memcpy(address, &Barrier::kBits, kBytes);
 }
 
 // What is in shared memory now is what engines see. Of barriers: those that this thread made.
@@ -53,6 +46,10 @@ void Launch::fence_async() {
     if (barrier.by == me().thread) barrier.known = true;
 }
 
+bool Launch::is_fenced(const unsigned char* first, size_t bytes) const {
+  return std::memcmp(first, async_view_.data() + (first - shared()), bytes) == 0;
+}
+
 void Launch::end_phase(Barrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   barrier.pending = barrier.arrivals;
@@ -60,33 +57,44 @@ void Launch::end_phase(Barrier& barrier) {
   wake();
 }
 
-void Launch::arrive(unsigned char* address, int bytes, Where where) {
+void Launch::arrive(const void* site, unsigned char* address, int bytes, Where where) {
   Barrier& barrier = this->barrier(address, Instruction::kArrive, where);
-  if (barrier.pending == 0) fail(Instruction::kArrive, where, "more arrivals than the barrier is for");
-  if (bytes < 0) fail(Instruction::kArrive, where, std::to_string(bytes) + " bytes");
-  if (bytes && !barrier.known)
-    fail(Instruction::kArrive, where, "the copy engine does not know the barrier: no fence_async after init_barrier");
-  barrier.order->release();
+  const auto refuse = [&](const std::string& what) { fail(Instruction::kArrive, where, what); };
+  if (barrier.pending == 0) refuse("more arrivals than the barrier is for: " + std::to_string(barrier.arrivals));
+  if (bytes < 0 || barrier.bytes + bytes > Barrier::kMostBytes) refuse(std::to_string(bytes) + " bytes more");
+  if (bytes && !barrier.known) refuse("the copy engine does not know the barrier: no fence_async after init_barrier");
+  tsan::reads(address, sizeof(Barrier::kBits), site);
+  barrier.phase[barrier.parity].release();
   me().sequence.renew();
   barrier.bytes += bytes;
   --barrier.pending;
   end_phase(barrier);
 }
 
-void Launch::wait_for(unsigned char* address, int parity, Where where) {
+void Launch::wait_for(const void* site, unsigned char* address, int parity, Where where) {
   Fibre& fibre = me();
   Barrier& barrier = this->barrier(address, Instruction::kWaitFor, where);
   if (parity != 0 && parity != 1) fail(Instruction::kWaitFor, where, "parity " + std::to_string(parity));
+  tsan::reads(address, sizeof(Barrier::kBits), site);
   stir(fibre);
+  fibre.barrier = address;
+  fibre.number = parity;
   while (barrier.parity == parity) sleep(fibre, Instruction::kWaitFor, where);
-  barrier.order->acquire();
+  barrier.phase[parity].acquire();
   fibre.sequence.renew();
+}
+
+// What a phase that somebody waits for has not got.
+std::string Launch::missing_text(unsigned char* address, int parity) const {
+  const Barrier& barrier = barriers_.at(address);
+  return ", parity " + std::to_string(parity) + " of the barrier at " + place(address) + ": " +
+         std::to_string(barrier.pending) + " arrivals and " + std::to_string(barrier.bytes) + " bytes are missing";
 }
 
 void Launch::sync_threads(int id, int threads, Where where) {
   Fibre& fibre = me();
   const auto refuse = [&](const std::string& what) { fail(Instruction::kSyncThreads, where, what); };
-  if (id < 1 || id > 15) refuse("barrier " + std::to_string(id) + ", needs 1 to 15");
+  if (id < 1 || id >= NamedBarrier::kCount) refuse("barrier " + std::to_string(id) + ", needs 1 to 15");
   if (threads < kWarp || threads % kWarp != 0 || threads > threads_)
     refuse(std::to_string(threads) + " threads, needs whole warps of the block");
   stir(fibre);
@@ -94,17 +102,18 @@ void Launch::sync_threads(int id, int threads, Where where) {
   if (named.arrived && named.threads != threads)
     refuse(std::to_string(threads) + " threads, others wait for " + std::to_string(named.threads));
   named.threads = threads;
+  named.lanes[fibre.warp] |= 1u << fibre.lane;
   // Two orders in turn, as in sync_block.
   tsan::Order& order = arena_->named[id][named.phase];
   order.release();
   if (++named.arrived < threads) {
-    named.waiting.push_back(&fibre);
+    fibre.number = id;
     park(fibre, Instruction::kSyncThreads, where);
   } else {
-    named.arrived = 0;
-    named.phase ^= 1;
-    for (const Fibre* waiter : named.waiting) warps_[waiter->warp].runnable |= 1u << waiter->lane;
-    named.waiting.clear();
+    for (const uint32_t lanes : named.lanes)
+      if (lanes != 0 && lanes != ~0u) refuse("a warp is divided: " + waiting_text());
+    for (int w = 0; w < threads_ / kWarp; ++w) warps_[w].runnable |= named.lanes[w];
+    named = {0, 0, named.phase ^ 1, {}};
     if (options_.order == Options::Order::kRandom) hand_over(fibre);
   }
   order.acquire();
@@ -112,60 +121,16 @@ void Launch::sync_threads(int id, int threads, Where where) {
   stir(fibre);
 }
 
-// setmaxnreg: who asks for more waits until others have given enough.
-void Launch::set_registers(int registers, bool more, Where where) {
-  constexpr int kPool = 65536 / Warpgroup::kThreads;
-  Fibre& fibre = me();
-  Warpgroup& own = warpgroup();
-  const auto refuse = [&](const std::string& what) { fail(Instruction::kRegisters, where, what); };
-  if (registers < 24 || registers > 256 || registers % 8 != 0)
-    refuse(std::to_string(registers) + " registers, needs a multiple of 8 from 24 to 256");
-  if (more ? registers < own.registers : registers > own.registers)
-    refuse(std::to_string(registers) + " registers, the warpgroup has " + std::to_string(own.registers));
-  if (own.asked && own.asking != registers) refuse("the warpgroup is divided");
-  own.asking = registers;
-  if (++own.asked == Warpgroup::kThreads) wake();
-  const auto granted = [&] {
-    if (own.asked % Warpgroup::kThreads != 0) return false;
-    int others = 0;
-    for (int k = 0; k < threads_ / Warpgroup::kThreads; ++k)
-      if (&warpgroups_[k] != &own) others += warpgroups_[k].registers;
-    return others + registers <= kPool;
-  };
-  while (own.registers != registers && !granted()) sleep(fibre, Instruction::kRegisters, where);
-  if (own.registers == registers) return;
-  own.registers = registers;
-  own.asked = 0;
-  wake();
-}
-
-std::string Launch::unfinished_text() const {
-  const std::string start = block_text() + ": it ended before ";
-  if (!boxes_.empty()) return start + std::to_string(boxes_.size()) + " boxes had come";
-  for (const auto& [address, barrier] : barriers_)
-    if (barrier.bytes != 0)
-      return start + std::to_string(barrier.bytes) + " bytes had come that the barrier at " + place(address) +
-             " expects";
-  for (int k = 0; k < threads_ / Warpgroup::kThreads; ++k)
-    for (int lane = 0; lane < Warpgroup::kThreads; ++lane) {
-      const Part& part = arena_->fibres[k * Warpgroup::kThreads + lane].part;
-      if (part.delivered < part.issued)
-        return start + "products of warpgroup " + std::to_string(k) + " were waited for";
-    }
-  return "";
-}
-
 void init_barrier(void* barrier, int arrivals, Where where) {
-  launch->init_barrier(static_cast<unsigned char*>(barrier), arrivals, where);
+  launch->init_barrier(__builtin_return_address(0), static_cast<unsigned char*>(barrier), arrivals, where);
 }
 void arrive(void* barrier, int bytes, Where where) {
-  launch->arrive(static_cast<unsigned char*>(barrier), bytes, where);
+  launch->arrive(__builtin_return_address(0), static_cast<unsigned char*>(barrier), bytes, where);
 }
 void wait_for(void* barrier, int parity, Where where) {
-  launch->wait_for(static_cast<unsigned char*>(barrier), parity, where);
+  launch->wait_for(__builtin_return_address(0), static_cast<unsigned char*>(barrier), parity, where);
 }
 void fence_async() { launch->fence_async(); }
 void sync_threads(int barrier, int threads, Where where) { launch->sync_threads(barrier, threads, where); }
-void set_registers(int registers, bool more, Where where) { launch->set_registers(registers, more, where); }
 
 }  // namespace smartclip::emulator

@@ -62,28 +62,6 @@ void Launch::land(Fibre& fibre, Copy& copy) {
   fibre.sequence.enter();
 }
 
-// In random order any copy of the thread may be made now, wholly or as far as its reading; and any box, and the next
-// products.
-void Launch::stir_some(Fibre& fibre) {
-  constexpr int kNow = 4;
-  if (!boxes_.empty() && random(kNow) == 0) advance();
-  for (int k = 0; k < threads_ / Warpgroup::kThreads; ++k) {
-    Warpgroup& warpgroup = warpgroups_[k];
-    while (warpgroup.executed < static_cast<int>(warpgroup.products.size()) &&
-           warpgroup.products[warpgroup.executed].issued == Warpgroup::kThreads && random(kNow) == 0)
-      execute(warpgroup);
-  }
-  Engine& engine = *fibre.engine;
-  for (int64_t i = engine.first; i < engine.end; ++i) {
-    Copy& copy = engine.at(i);
-    if (copy.landed || random(kNow) != 0) continue;
-    if (!copy.was_read && random(2) == 0)
-      read(fibre, copy);
-    else
-      land(fibre, copy);
-  }
-}
-
 void Launch::wait(int pending) {
   Fibre& fibre = me();
   Engine& engine = *fibre.engine;

@@ -49,9 +49,12 @@ enum class Instruction {
   kWaitFor,
   kSyncThreads,
   kCopyBox,
+  kBeginProducts,
   kProduct,
+  kCommitProducts,
   kWaitForProducts,
-  kRegisters
+  kGiveRegisters,
+  kTakeRegisters
 };
 
 // Together: lanes wait for their warp, threads for their block. What calls these is part of the kernel, so the place
@@ -78,19 +81,24 @@ void wait_for(void* barrier, int parity, Where where);
 void fence_async();
 void sync_threads(int barrier, int threads, Where where);
 
-// A matrix of 2-byte numbers in global memory, and boxes of it: box_rows rows of 128 bytes.
-struct TensorMap {
+// A matrix of 2-byte numbers in global memory, and boxes of it: box_rows rows of 128 bytes. As large as CUDA's.
+struct alignas(64) TensorMap {
+  static constexpr int kRowBytes = 128, kNumberBytes = 2;
+
   const void* matrix;
   int64_t rows, depth, stride;
   int box_rows;
+  char unused[84];
 };
+static_assert(sizeof(TensorMap) == 128, "sizeof(CUtensorMap)");
 void copy_box(void* shared, const TensorMap& map, int depth, int row, void* barrier, Where where);
 
-// Products of a warpgroup. c: a thread's 4 * tiles sums.
-void begin_products();
+// Products of a warpgroup. c: a thread's 4 * tiles sums. operand_address: from the start of shared memory.
+uint32_t operand_address(const void* generic, Where where);
+void begin_products(Where where);
 void multiply_add_async(bool half, float* c, int tiles, uint64_t rows, uint64_t columns, bool add, Where where);
-void commit_products();
-void wait_for_products(int pending, Where where);
+void commit_products(Where where);
+void wait_for_products(float* c, int pending, Where where);
 void set_registers(int registers, bool more, Where where);
 
 // Runs body(argument) in every thread of every block. Throws std::runtime_error where a thread does what it must not.

@@ -118,6 +118,7 @@ void Launch::run_block(int64_t block) {
   for (int w = threads_ / kWarp; w < kMostThreads / kWarp; ++w) warps_[w] = {};
   go(main_, *next(nullptr));
   identity = nullptr;
+  finish_engines();
   ++arena_->blocks;
   if (fault_signal_) {
     pthread_sigmask(SIG_SETMASK, &fault_mask_, nullptr);
@@ -163,13 +164,16 @@ void Launch::leave() {
 }
 
 // What a thread and its copies did is before the arena's next block, and before the launch's end.
+void Launch::finish(const tsan::Sequence& sequence) {
+  if (!sequence.exists()) return;
+  sequence.enter();
+  arena_->end[(arena_->blocks + 1) % 2].release();
+  end_.release();
+}
+
 void Launch::finish(Fibre& fibre) {
-  for (const tsan::Sequence* sequence : {&fibre.engine->sequence, &fibre.sequence}) {
-    if (!sequence->exists()) continue;
-    sequence->enter();
-    arena_->end[(arena_->blocks + 1) % 2].release();
-    end_.release();
-  }
+  finish(fibre.engine->sequence);
+  finish(fibre.sequence);
 }
 
 void Launch::go(Context& from, Fibre& to) {

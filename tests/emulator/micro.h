@@ -8,6 +8,13 @@
 
 namespace smartclip::micro {
 
+// A device gets no faults: its compiler, where it sees that sums are touched too early, would wait for the products.
+#ifdef __CUDACC__
+SK_DEVICE int fault_of(int64_t) { return 0; }
+#else
+SK_DEVICE int fault_of(int64_t number) { return static_cast<int>(number); }
+#endif
+
 struct Parameters {
   const void* in[3];
   void* out;

@@ -59,12 +59,6 @@ struct SignalStack {
   }
 };
 
-std::string in_words(Instruction instruction, Where where) {
-  const char* const slash = std::strrchr(where.file, '/');
-  return std::string(name_of(instruction)) + " (" + (slash ? slash + 1 : where.file) + ":" +
-         std::to_string(where.line) + ")";
-}
-
 // 0-3, 7
 std::string ranges(uint32_t set) {
   const auto has = [set](int i) { return i >= 0 && i < kWarp && (set >> i & 1); };
@@ -93,7 +87,7 @@ std::string grouped(const char* whose, int count, const char* separator, Text te
 
 }  // namespace
 
-const char* name_of(Instruction instruction) {
+static const char* name_of(Instruction instruction) {
   constexpr const char* kNames[] = {"shuffle_xor",        "any_in_warp",
                                     "load_matrices",      "store_matrices",
                                     "sync_warp",          "multiply_add<bfloat16>",
@@ -102,9 +96,17 @@ const char* name_of(Instruction instruction) {
                                     "shared_address",     "copy_async_16",
                                     "init_barrier",       "arrive",
                                     "wait_for",           "sync_threads",
-                                    "copy_box",           "multiply_add_async",
-                                    "wait_for_products",  "set_registers"};
+                                    "copy_box",           "begin_products",
+                                    "multiply_add_async", "commit_products",
+                                    "wait_for_products",  "give_registers",
+                                    "take_registers"};
   return kNames[static_cast<int>(instruction)];
+}
+
+std::string in_words(Instruction instruction, Where where) {
+  const char* const slash = std::strrchr(where.file, '/');
+  return std::string(name_of(instruction)) + " (" + (slash ? slash + 1 : where.file) + ":" +
+         std::to_string(where.line) + ")";
 }
 
 void install_fault_handler() {
@@ -159,6 +161,10 @@ std::string Launch::thread_text(const Fibre& fibre) const {
 
 void Launch::fail(Instruction instruction, Where where, const std::string& what) {
   stop(thread_text(me()) + in_words(instruction, where) + ": " + what);
+}
+
+void Launch::fail(const Product& product, const std::string& what) {
+  stop(block_text() + ": " + in_words(Instruction::kProduct, product.where) + ": " + what);
 }
 
 void Launch::stop(std::string error) {
@@ -223,7 +229,13 @@ std::string Launch::waiting_text() const {
              const Fibre& waiter = *fibre(w, lane);
              if (warp.exited >> lane & 1) return " have ended";
              if (warp.runnable >> lane & 1) return " can run";
-             return " wait in " + in_words(waiter.instruction, waiter.where);
+             const std::string text = " wait in " + in_words(waiter.instruction, waiter.where);
+             if (waiter.instruction == Instruction::kSyncThreads)
+               return text + ", barrier " + std::to_string(waiter.number) + ": " +
+                      std::to_string(named_[waiter.number].arrived) + " of " +
+                      std::to_string(named_[waiter.number].threads) + " threads";
+             return waiter.instruction == Instruction::kWaitFor ? text + missing_text(waiter.barrier, waiter.number)
+                                                                : text;
            });
   });
 }

@@ -3,9 +3,6 @@
 
 #include <signal.h>
 
-#include <cmath>
-#include <cstring>
-#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -13,12 +10,12 @@
 #include <vector>
 
 #include "emulator.h"
+#include "engines.h"
 #include "fibre.h"
 #include "tsan.h"
 
 namespace smartclip::emulator {
 
-constexpr int kWarp = 32, kMostThreads = 1024;
 constexpr size_t kMostShared = 227 * 1024, kSharedAlignment = 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in every format, -1 as an integer
 
@@ -43,102 +40,16 @@ struct Operands {
   unsigned char data[16];  // a row that is stored
 };
 
-const char* name_of(Instruction instruction);
-
-// What a matrix unit makes of an exact sum: float32, cut off.
-inline float toward_zero(double x) {
-  const float nearest = static_cast<float>(x);
-  if (!(std::fabs(static_cast<double>(nearest)) > std::fabs(x))) return nearest;
-  uint32_t bits;
-  std::memcpy(&bits, &nearest, sizeof(bits));
-  --bits;  // one step towards 0; what float32 is too small for becomes its largest number
-  float below;
-  std::memcpy(&below, &bits, sizeof(below));
-  return below;
-}
+std::string in_words(Instruction instruction, Where where);
 void perform(Instruction instruction, Operands* const (&lanes)[kWarp]);
-
-// cp.async: a thread's copies, in order of issue.
-struct Copy {
-  unsigned char* to;
-  const unsigned char* from;
-  const void* site;
-  int bytes;
-  int64_t group;
-  bool was_read, landed;
-  unsigned char data[16];
-};
-
-struct Engine {
-  static constexpr int kMost = 256, kGroups = 16;
-  Copy copies[kMost];  // a ring
-  int64_t first = 0, end = 0;
-  int64_t group = 0;        // that the next copy joins
-  tsan::Sequence sequence;  // made with the first copy
-  tsan::Order issued[kGroups], landed;
-
-  Copy& at(int64_t index) { return copies[index % kMost]; }
-};
-
-// An mbarrier while it runs.
-struct Barrier {
-  int arrivals, pending;
-  int64_t bytes = 0;  // expected and not arrived
-  int parity = 0;
-  int by = 0;          // the thread that initialised it
-  bool known = false;  // to engines: fenced
-  std::unique_ptr<tsan::Order> order = std::make_unique<tsan::Order>();
-};
-
-struct NamedBarrier {
-  int arrived = 0, threads = 0, phase = 0;
-  std::vector<struct Fibre*> waiting;
-};
-
-// A box under way.
-struct Box {
-  unsigned char* to;
-  TensorMap map;
-  int depth, row;
-  unsigned char* barrier;
-  const void* site;
-};
-
-// A product of a warpgroup, issued by `issued` of its threads.
-struct Product {
-  bool half, add, done = false;
-  int tiles, sum, issued = 0;
-  uint64_t rows, columns;
-  const void* site;
-};
-
-struct Warpgroup {
-  static constexpr int kThreads = 128, kRows = 64, kMostColumns = 256;
-  struct Sums {
-    float row[kRows][kMostColumns];
-  };
-  std::deque<Product> products;  // of the block, from the first
-  int executed = 0;
-  std::vector<std::unique_ptr<Sums>> sums;  // what is under way; a thread's registers are NaN meanwhile
-  int registers = 0, asking = 0, asked = 0;
-  tsan::Order issued, done;
-  tsan::Sequence sequence;
-};
-
-// A thread's part of its warpgroup's products.
-struct Part {
-  std::vector<int> groups;   // where each of them ends
-  std::vector<float*> sums;  // its registers
-  std::vector<int> last;     // the product that uses them last
-  int issued = 0, delivered = 0;
-  bool begun = false;
-};
 
 struct Fibre : Identity {
   Context context;
   Part part;
   Instruction instruction{};  // that it waits in
   Where where{};
+  unsigned char* barrier = nullptr;  // an mbarrier, a named barrier
+  int number = 0;
   tsan::Sequence sequence;
   std::unique_ptr<Engine> engine;
 };
@@ -160,7 +71,8 @@ struct Arena {
   std::unique_ptr<Fibre[]> fibres;  // side by side, for they are gone through at every collective
   int made = 0;
   int64_t blocks = 0;  // that it has been used for
-  tsan::Order barrier[2], named[16][2], warp[kMostThreads / kWarp], end[2];
+  tsan::Order barrier[2], named[NamedBarrier::kCount][2], warp[kMostThreads / kWarp], end[2];
+  Traces traces;
 
   void reserve(int threads, size_t shared_bytes);
   char* stack_top(int thread) const;
@@ -182,16 +94,17 @@ class Launch {
   void commit() { ++me().engine->group; }
   void wait(int pending);
 
-  void init_barrier(unsigned char* barrier, int arrivals, Where where);
-  void arrive(unsigned char* barrier, int bytes, Where where);
-  void wait_for(unsigned char* barrier, int parity, Where where);
+  void init_barrier(const void* site, unsigned char* barrier, int arrivals, Where where);
+  void arrive(const void* site, unsigned char* barrier, int bytes, Where where);
+  void wait_for(const void* site, unsigned char* barrier, int parity, Where where);
   void fence_async();
   void sync_threads(int barrier, int threads, Where where);
-  void copy_box(const void* site, const Box& box, Where where);
-  void multiply_add_async(const void* site, bool half, float* c, int tiles, uint64_t rows, uint64_t columns, bool add,
-                          Where where);
-  void wait_for_products(int pending, Where where);
-  void set_registers(int registers, bool more, Where where);
+  void copy_box(Box box);
+  void begin_products(const void* site, Where where);
+  void multiply_add_async(const Product& product, float* c);
+  void commit_products(const void* site, Where where);
+  void wait_for_products(const void* site, float* c, int pending, Where where);
+  void set_registers(const void* site, int registers, bool more, Where where);
 
   unsigned char* shared() const;
   size_t shared_bytes() const { return shared_bytes_; }
@@ -200,11 +113,13 @@ class Launch {
 
   // Neither returns: the fibre is left where it stands, and run() throws.
   [[noreturn]] void fail(Instruction instruction, Where where, const std::string& what);
+  [[noreturn]] void fail(const Product& product, const std::string& what);
   [[noreturn]] void fault(int signal, const void* address, const sigset_t& before);
 
  private:
   static void enter();
   void leave();
+  void finish(const tsan::Sequence& sequence);
   void finish(Fibre& fibre);
   void run_block(int64_t block);
   void abandon();
@@ -223,17 +138,29 @@ class Launch {
   // Until something changes that a fibre may wait for.
   void sleep(Fibre& fibre, Instruction instruction, Where where);
   void wake();
-  // An engine's turn, where no fibre has one. Whether there was anything to do.
-  bool advance();
   void begin_engines();
+  void finish_engines();
   std::string unfinished_text() const;
+
   Barrier& barrier(unsigned char* address, Instruction instruction, Where where);
   void end_phase(Barrier& barrier);
+  std::string missing_text(unsigned char* address, int parity) const;
+
+  // The copy engine's turn, where no fibre has one. Whether there was anything to do.
+  bool advance();
+  void read_box(Box& box);
   void land_box(size_t index);
-  Warpgroup& warpgroup() { return warpgroups_[me().thread / Warpgroup::kThreads]; }
-  void execute(Warpgroup& warpgroup);
-  void read_operand(const Product& product, uint64_t descriptor, int rows, float* out);
-  void deliver(Fibre& fibre, int sum);
+  // Whether engines see what threads do.
+  bool is_fenced(const unsigned char* first, size_t bytes) const;
+
+  Warpgroup& warpgroup(Instruction instruction, Where where);
+  Step& together(Warpgroup& own, Instruction instruction, const void* site, Where where, int number = 0);
+  void stir_products();
+  void execute(Warpgroup& own, int warp);
+  void check_descriptor(const Product& product, uint64_t descriptor, const Product::Place& place);
+  void read_operand(const Product& product, const Product::Place& place, int rows, float* out);
+  void deliver(const Warpgroup& own, Fibre& fibre, Registers& registers, Where where);
+
   void read(Fibre& fibre, Copy& copy);
   void land(Fibre& fibre, Copy& copy);
 
@@ -260,13 +187,12 @@ class Launch {
   const void* barrier_site_ = nullptr;
 
   std::map<unsigned char*, Barrier> barriers_;
-  NamedBarrier named_[16];
+  NamedBarrier named_[NamedBarrier::kCount];
   std::vector<Fibre*> sleepers_;
-  std::vector<Box> boxes_;
+  std::vector<Box> boxes_;  // under way
+  int64_t boxes_issued_ = 0;
   Warpgroup warpgroups_[kMostThreads / Warpgroup::kThreads];
   std::vector<unsigned char> async_view_;  // of shared memory: what engines see
-  tsan::Sequence copier_;
-  tsan::Order copies_issued_;
 
   Context main_;
   tsan::Sequence main_sequence_;

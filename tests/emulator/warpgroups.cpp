@@ -1,16 +1,11 @@
-// wgmma: a warpgroup's products, made by an engine between their issue and their wait, in their order.
-#include <cmath>
+// What a warpgroup is told to do: products and when they are there (PTX ISA, "wgmma"), registers ("setmaxnreg").
 #include <cstring>
-#include <limits>
 
-#include "cuda_fp16.h"
 #include "state.h"
 
 namespace smartclip::emulator {
 
 namespace {
-
-constexpr int kDepth = 16, kTogether = 8, kStepBytes = 32;
 
 // The place of a thread's number `k` of tile m in the warpgroup's 64 rows (PTX ISA, "Register fragments … wgmma, D").
 struct At {
@@ -20,151 +15,190 @@ At at(const Identity& thread, int m, int k) {
   return {16 * (thread.warp % 4) + thread.lane / 4 + 8 * (k / 2), 8 * m + 2 * (thread.lane % 4) + k % 2};
 }
 
-float widened(uint16_t bits, bool half) {
-  if (half) {
-    __half number;
-    number.bits = bits;
-    return __half2float(number);
-  }
-  const uint32_t wide = uint32_t(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof(x));
-  return x;
+bool same(const Product& x, const Product& y) {
+  return x.half == y.half && x.add == y.add && x.tiles == y.tiles && x.rows == y.rows && x.columns == y.columns &&
+         x.sum == y.sum;
+}
+
+bool is_poison(const float* numbers, int count) {
+  const unsigned char* const bytes = reinterpret_cast<const unsigned char*>(numbers);
+  for (size_t i = 0; i < count * sizeof(float); ++i)
+    if (bytes[i] != kPoison) return false;
+  return true;
 }
 
 }  // namespace
 
-void Launch::multiply_add_async(const void* site, bool half, float* c, int tiles, uint64_t rows, uint64_t columns,
-                                bool add, Where where) {
+Warpgroup& Launch::warpgroup(Instruction instruction, Where where) {
+  const int index = me().thread / Warpgroup::kThreads;
+  if (index >= threads_ / Warpgroup::kThreads) fail(instruction, where, "the block's last warps are no warpgroup");
+  return warpgroups_[index];
+}
+
+// The thread's next step, which must be the one of all others.
+Step& Launch::together(Warpgroup& own, Instruction instruction, const void* site, Where where, int number) {
+  Part& part = me().part;
+  if (part.step == own.steps.size()) own.steps.push_back({instruction, site, where, number});
+  Step& step = own.steps[part.step++];
+  if (step.instruction != instruction || step.site != site || step.number != number)
+    fail(instruction, where, "the warpgroup is divided: others came to " + in_words(step.instruction, step.where));
+  ++step.arrived;
+  return step;
+}
+
+// Sums are the products' now. Those that products sum up already were before.
+void Launch::begin_products(const void* site, Where where) {
+  Part& part = me().part;
+  together(warpgroup(Instruction::kBeginProducts, where), Instruction::kBeginProducts, site, where);
+  part.begun = true;
+  for (Registers& own : part.registers) {
+    if (own.under_way) continue;
+    own.given = true;
+    own.seen.assign(own.c, own.c + 4 * own.tiles);
+  }
+}
+
+void Launch::multiply_add_async(const Product& issued, float* c) {
   Fibre& fibre = me();
-  Warpgroup& own = warpgroup();
   Part& part = fibre.part;
-  const auto refuse = [&](const std::string& what) { fail(Instruction::kProduct, where, what); };
-  if (!part.begun) refuse("no begin_products since threads had the sums");
-  size_t sum = 0;
-  while (sum < part.sums.size() && part.sums[sum] != c) ++sum;
-  if (sum == part.sums.size()) part.sums.push_back(c), part.last.push_back(-1);
+  const auto refuse = [&](const std::string& what) { fail(Instruction::kProduct, issued.where, what); };
+  Warpgroup& own = warpgroup(Instruction::kProduct, issued.where);
+  together(own, Instruction::kProduct, issued.site, issued.where);
+  Registers& registers = part.of(c);
+  const int count = 4 * issued.tiles;
+  const bool chained = registers.under_way;
+  if (chained) {
+    if (registers.tiles != issued.tiles) refuse("products of another shape are under way to these sums");
+  } else {
+    for (const Registers& other : part.registers)
+      if (other.under_way && c < other.c + 4 * other.tiles && other.c < c + count)
+        refuse("products are under way to some of these sums");
+    if (!(registers.last < 0 ? part.begun : registers.given)) refuse("no begin_products since threads had the sums");
+    const bool known = registers.given && registers.tiles == issued.tiles;
+    if (issued.add && known && std::memcmp(registers.seen.data(), c, count * sizeof(float)) != 0)
+      refuse("a thread changed the sums after begin_products");
+    registers.tiles = issued.tiles;
+  }
+
+  const size_t sum = &registers - part.registers.data();
   while (own.sums.size() <= sum) own.sums.push_back(std::make_unique<Warpgroup::Sums>());
-  if (static_cast<size_t>(part.issued) == own.products.size())
-    own.products.push_back({half, add, false, tiles, static_cast<int>(sum), 0, rows, columns, site});
+  if (static_cast<size_t>(part.issued) == own.products.size()) {
+    own.products.push_back(issued);
+    own.products.back().sum = static_cast<int>(sum);
+  }
   Product& product = own.products[part.issued];
-  if (product.half != half || product.add != add || product.tiles != tiles || product.sum != static_cast<int>(sum) ||
-      product.rows != rows || product.columns != columns || product.site != site)
-    refuse("the warpgroup is divided: another thread's product is another");
-  const bool pending = part.last[sum] >= part.delivered;
-  for (int m = 0; m < tiles; ++m)
-    for (int k = 0; k < 4; ++k) {
-      const At place = at(fibre, m, k);
-      if (add && !pending) own.sums[sum]->row[place.row][place.column] = c[4 * m + k];
-      c[4 * m + k] = std::numeric_limits<float>::quiet_NaN();
+  Product this_one = issued;
+  this_one.sum = static_cast<int>(sum);
+  if (!same(product, this_one)) refuse("the warpgroup is divided: another thread's product is another");
+  const int warp = fibre.warp % Product::kWarps;
+  for (const Box& box : boxes_)
+    if (product.reads(warp, box.to - shared(), box.to - shared() + static_cast<int64_t>(box.bytes())))
+      refuse("a box is under way to its operands: " + in_words(Instruction::kCopyBox, box.where));
+  if (!chained) {
+    for (int i = 0; i < count && issued.add; ++i) {
+      const At place = at(fibre, i / 4, i % 4);
+      own.sums[sum]->row[place.row][place.column] = c[i];
     }
-  part.last[sum] = part.issued++;
-  own.sequence.create("products of emulated warpgroup", fibre.thread / Warpgroup::kThreads);
-  own.issued.release();
+    std::memset(c, kPoison, count * sizeof(float));
+  }
+  Traces::OfWarp& trace = arena_->traces.products[fibre.warp];
+  trace.sequence.create("products of emulated warp", fibre.warp);
+  trace.issued[part.issued % Traces::kRing].release();
   fibre.sequence.renew();
-  if (++product.issued == Warpgroup::kThreads) {
+  registers.last = part.issued++;
+  registers.under_way = true;
+  registers.given = false;
+  if (++product.issued[warp] == kWarp) {
     wake();
-    if (options_.copies == Options::Copies::kEarliest) execute(own);
+    if (options_.copies == Options::Copies::kEarliest) execute(own, warp);
   }
   stir(fibre);
 }
 
-// Rows of 16 numbers. PTX ISA, "Matrix descriptor", "Strides", and 128-byte swizzling as of boxes: by the address.
-void Launch::read_operand(const Product& product, uint64_t descriptor, int rows, float* out) {
-  const auto field = [&](int first, int bits) { return int64_t(descriptor >> first & ((uint64_t(1) << bits) - 1)); };
-  const int64_t start = field(0, 14) << 4, group = field(32, 14) << 4;
-  const auto refuse = [&](const std::string& what) { fail(Instruction::kProduct, {"", 0}, "a descriptor " + what); };
-  if (field(62, 2) != 1) refuse("without the swizzling of 128 bytes: " + std::to_string(field(62, 2)));
-  if (field(49, 3) != 0) refuse("with a base offset");
-  if (group != 1024) refuse("whose groups of 8 rows are " + std::to_string(group) + " bytes apart, needs 1024");
-  for (int r = 0; r < rows; ++r)
-    for (int byte = 0; byte < kStepBytes; byte += 16) {
-      const int64_t address = start + r / 8 * group + r % 8 * 128 + byte;
-      const int64_t swizzled = address ^ (address >> 7 & 7) << 4;
-      const unsigned char* const from = shared() + swizzled;
-      if (!holds(from, 16)) refuse("of " + place(from));
-      if (std::memcmp(from, async_view_.data() + swizzled, 16) != 0)
-        refuse("of " + place(from) + ", which threads wrote without a fence_async after it");
-      tsan::reads(from, 16, product.site);
-      uint16_t bits[8];
-      std::memcpy(bits, from, sizeof(bits));
-      for (int i = 0; i < 8; ++i) out[r * kDepth + byte / 2 + i] = widened(bits[i], product.half);
-    }
+void Launch::commit_products(const void* site, Where where) {
+  Part& part = me().part;
+  Warpgroup& own = warpgroup(Instruction::kCommitProducts, where);
+  together(own, Instruction::kCommitProducts, site, where);
+  if (part.group++ == own.groups.size()) own.groups.push_back(part.issued);
 }
 
-// The next of a warpgroup's products. Sums are made as the other matrix instructions make them: collectives.cpp.
-void Launch::execute(Warpgroup& own) {
-  Product& product = own.products[own.executed++];
+void Launch::wait_for_products(const void* site, float* c, int pending, Where where) {
   Fibre& fibre = me();
-  own.sequence.enter();
-  own.issued.acquire();
-  own.sequence.renew();
-  float a[Warpgroup::kRows * kDepth], b_rows[Warpgroup::kMostColumns * kDepth];
-  double b[kDepth][Warpgroup::kMostColumns];
-  const int columns = 8 * product.tiles;
-  read_operand(product, product.rows, Warpgroup::kRows, a);
-  read_operand(product, product.columns, columns, b_rows);
-  for (int column = 0; column < columns; ++column)
-    for (int k = 0; k < kDepth; ++k) b[k][column] = b_rows[column * kDepth + k];
-  Warpgroup::Sums& sums = *own.sums[product.sum];
-  for (int row = 0; row < Warpgroup::kRows; ++row) {
-    float* const sum = sums.row[row];
-    if (!product.add)
-      for (int column = 0; column < columns; ++column) sum[column] = 0;
-    for (int first = 0; first < kDepth; first += kTogether) {
-      double exact[Warpgroup::kMostColumns];
-      for (int column = 0; column < columns; ++column) exact[column] = sum[column];
-      for (int k = first; k < first + kTogether; ++k) {
-        const double number = a[row * kDepth + k];
-        for (int column = 0; column < columns; ++column) exact[column] += number * b[k][column];
-      }
-      for (int column = 0; column < columns; ++column) sum[column] = toward_zero(exact[column]);
-    }
-  }
-  product.done = true;
-  own.done.release();
-  fibre.sequence.enter();
-}
-
-void Launch::deliver(Fibre& fibre, int sum) {
-  const Warpgroup& own = warpgroups_[fibre.thread / Warpgroup::kThreads];
-  float* const c = fibre.part.sums[sum];
-  for (int m = 0; m < own.products[fibre.part.last[sum]].tiles; ++m)
-    for (int k = 0; k < 4; ++k) {
-      const At place = at(fibre, m, k);
-      c[4 * m + k] = own.sums[sum]->row[place.row][place.column];
-    }
-}
-
-void Launch::wait_for_products(int pending, Where where) {
-  Fibre& fibre = me();
-  Warpgroup& own = warpgroup();
   Part& part = fibre.part;
+  Warpgroup& own = warpgroup(Instruction::kWaitForProducts, where);
+  together(own, Instruction::kWaitForProducts, site, where, pending);
   stir(fibre);
-  const int groups = static_cast<int>(part.groups.size());
-  const int end = groups > pending ? part.groups[groups - 1 - pending] : part.delivered;
-  while (own.executed < end) {
-    if (own.products[own.executed].issued < Warpgroup::kThreads)
-      sleep(fibre, Instruction::kWaitForProducts, where);
+  const size_t left = pending;
+  const int end = part.group > left ? own.groups[part.group - 1 - left] : 0;
+  const int warp = fibre.warp % Product::kWarps;
+  while (own.executed[warp] < end) {
+    if (own.may_execute(warp))
+      execute(own, warp);
     else
-      execute(own);
+      sleep(fibre, Instruction::kWaitForProducts, where);
   }
-  if (end > part.delivered) {
-    for (size_t sum = 0; sum < part.sums.size(); ++sum)
-      if (part.last[sum] >= part.delivered && part.last[sum] < end) deliver(fibre, static_cast<int>(sum));
-    part.delivered = end;
-    own.done.acquire();
+  if (end > part.done) {
+    part.done = end;
+    part.begun = false;
+    arena_->traces.products[fibre.warp].done[(end - 1) % Traces::kRing].acquire();
     fibre.sequence.renew();
   }
-  if (part.delivered == part.issued) part.begun = false;
+  for (Registers& registers : part.registers)
+    if (registers.c == c && registers.under_way && registers.last < part.done) deliver(own, fibre, registers, where);
   stir(fibre);
 }
 
-void begin_products() { me().part.begun = true; }
-void multiply_add_async(bool half, float* c, int tiles, uint64_t rows, uint64_t columns, bool add, Where where) {
-  launch->multiply_add_async(__builtin_return_address(0), half, c, tiles, rows, columns, add, where);
+void Launch::deliver(const Warpgroup& own, Fibre& fibre, Registers& registers, Where where) {
+  const int count = 4 * registers.tiles;
+  if (!is_poison(registers.c, count))
+    fail(Instruction::kWaitForProducts, where, "a thread wrote to sums while products were under way");
+  registers.under_way = false;
+  const Warpgroup::Sums& sums = *own.sums[own.products[registers.last].sum];
+  for (int i = 0; i < count; ++i) {
+    const At place = at(fibre, i / 4, i % 4);
+    registers.c[i] = sums.row[place.row][place.column];
+  }
 }
-void commit_products() { me().part.groups.push_back(me().part.issued); }
-void wait_for_products(int pending, Where where) { launch->wait_for_products(pending, where); }
+
+// Who asks for more waits until others have given enough.
+void Launch::set_registers(const void* site, int registers, bool more, Where where) {
+  constexpr int kPool = 65536 / Warpgroup::kThreads, kLeast = 24, kMost = 256, kUnit = 8;
+  const Instruction instruction = more ? Instruction::kTakeRegisters : Instruction::kGiveRegisters;
+  const auto refuse = [&](const std::string& what) { fail(instruction, where, what); };
+  Warpgroup& own = warpgroup(instruction, where);
+  if (registers < kLeast || registers > kMost || registers % kUnit != 0)
+    refuse(std::to_string(registers) + " registers, needs a multiple of 8 from 24 to 256");
+  if (more ? registers < own.registers : registers > own.registers)
+    refuse(std::to_string(registers) + " registers, the warpgroup has " + std::to_string(own.registers));
+  Step& step = together(own, instruction, site, where, registers);
+  const auto there_are_enough = [&] {
+    int others = 0;
+    for (int k = 0; k < threads_ / Warpgroup::kThreads; ++k)
+      if (&warpgroups_[k] != &own) others += warpgroups_[k].registers;
+    return others + registers <= kPool;
+  };
+  if (step.arrived == Warpgroup::kThreads) wake();
+  while (!step.granted) {
+    if (step.arrived < Warpgroup::kThreads || !there_are_enough()) {
+      sleep(me(), instruction, where);
+      continue;
+    }
+    own.registers = registers;
+    step.granted = true;
+    wake();
+  }
+}
+
+void begin_products(Where where) { launch->begin_products(__builtin_return_address(0), where); }
+void multiply_add_async(bool half, float* c, int tiles, uint64_t rows, uint64_t columns, bool add, Where where) {
+  launch->multiply_add_async({half, add, tiles, rows, columns, where, __builtin_return_address(0), 0}, c);
+}
+void commit_products(Where where) { launch->commit_products(__builtin_return_address(0), where); }
+void wait_for_products(float* c, int pending, Where where) {
+  launch->wait_for_products(__builtin_return_address(0), c, pending, where);
+}
+void set_registers(int registers, bool more, Where where) {
+  launch->set_registers(__builtin_return_address(0), registers, more, where);
+}
 
 }  // namespace smartclip::emulator

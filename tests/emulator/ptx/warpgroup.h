@@ -13,13 +13,13 @@ namespace smartclip::ptx {
 // PTX ISA, "Matrix descriptor".
 SK_DEVICE uint64_t matrix_descriptor(const void* shared, SK_HERE) {
   constexpr uint64_t kGroupBytes = 8 * 128, kSwizzle128 = 1;
-  return (ptx::shared_address(shared, where) & 0x3ffff) >> 4 | uint64_t(1) << 16 | (kGroupBytes >> 4) << 32 |
+  return (emulator::operand_address(shared, where) & 0x3ffff) >> 4 | uint64_t(1) << 16 | (kGroupBytes >> 4) << 32 |
          kSwizzle128 << 62;
 }
 
 // PTX ISA, "wgmma.fence" and "wgmma.commit_group".
-SK_DEVICE void begin_products() { emulator::begin_products(); }
-SK_DEVICE void commit_products() { emulator::commit_products(); }
+SK_DEVICE void begin_products(SK_HERE) { emulator::begin_products(where); }
+SK_DEVICE void commit_products(SK_HERE) { emulator::commit_products(where); }
 
 // PTX ISA, "wgmma.mma_async": .m64nNk16.f32, of bf16 and f16.
 template <class Element, int kTiles>
@@ -30,12 +30,13 @@ SK_DEVICE void multiply_add_async(float (&c)[kTiles][4], uint64_t rows, uint64_t
   emulator::multiply_add_async(kHalf, c[0], kTiles, rows, columns, add, where);
 }
 
-// PTX ISA, "wgmma.wait_group". The sums change behind the compiler's back.
+// PTX ISA, "wgmma.wait_group". The sums change behind the compiler's back; on a device no others are kept from being
+// read before it.
 template <int kPending, int kTiles>
 SK_DEVICE void wait_for_products(float (&c)[kTiles][4], SK_HERE) {
   static_assert(kPending >= 0, "a number of groups");
   asm volatile("" ::"r"(c) : "memory");
-  emulator::wait_for_products(kPending, where);
+  emulator::wait_for_products(c[0], kPending, where);
   asm volatile("" ::"r"(c) : "memory");
 }
 
