@@ -186,15 +186,8 @@ SK_DEVICE void consume_gradient(const Launched<Gradient, Passes>& p,
 template <class Config, class Similarity, class Objective, class Passes>
 SK_KERNEL(Config::kThreads, 1)
 gradient(SK_PARAMETER Launched<Gradient, Passes> p) {
-  auto& shared = ptx::shared_storage<BackwardShared<Config, Similarity, Objective>>();
-  shared.pipeline.start();
-  if (Warpgroup<Config>::index() == Config::kConsumers) {
-    ptx::give_registers<Config::kProducerRegisters>();
-    bring_operands<Config>(p, shared.pipeline);
-  } else {
-    ptx::take_registers<Config::kConsumerRegisters>();
-    consume_gradient(p, shared);
-  }
+  run_block<Config, BackwardShared<Config, Similarity, Objective>>(p,
+                                                                   [&](auto& shared) { consume_gradient(p, shared); });
 }
 
 }  // namespace smartclip::cuda::sm90

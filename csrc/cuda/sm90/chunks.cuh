@@ -49,6 +49,20 @@ SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>
   }
 }
 
+// What a block does: one warpgroup brings operands, and the others call consume(what their epilogues have).
+template <class Config, class Shared, class Passes, class Parameters, class Consume>
+SK_DEVICE void run_block(const Launched<Parameters, Passes>& p, Consume consume) {
+  auto& shared = ptx::shared_storage<Shared>();
+  shared.pipeline.start();
+  if (Warpgroup<Config>::index() == Config::kConsumers) {
+    ptx::give_registers<Config::kProducerRegisters>();
+    bring_operands<Config>(p, shared.pipeline);
+  } else {
+    ptx::take_registers<Config::kConsumerRegisters>();
+    consume(shared);
+  }
+}
+
 // Calls body(k, column) for those columns of a tile that are a thread's own.
 template <class Config, class Body>
 SK_DEVICE void for_own_columns(Body body) {

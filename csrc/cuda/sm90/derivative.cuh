@@ -65,15 +65,7 @@ SK_DEVICE void consume_derivative(const Launched<Derivative, Passes>& p, Derivat
 template <class Config, class Similarity, class Passes>
 SK_KERNEL(Config::kThreads, 1)
 derivative(SK_PARAMETER Launched<Derivative, Passes> p) {
-  auto& shared = ptx::shared_storage<DerivativeShared<Config, Similarity>>();
-  shared.pipeline.start();
-  if (Warpgroup<Config>::index() == Config::kConsumers) {
-    ptx::give_registers<Config::kProducerRegisters>();
-    bring_operands<Config>(p, shared.pipeline);
-  } else {
-    ptx::take_registers<Config::kConsumerRegisters>();
-    consume_derivative(p, shared);
-  }
+  run_block<Config, DerivativeShared<Config, Similarity>>(p, [&](auto& shared) { consume_derivative(p, shared); });
 }
 
 }  // namespace smartclip::cuda::sm90

@@ -268,15 +268,8 @@ SK_DEVICE void consume_statistics(const Launched<Statistics, Passes>& p,
 template <class Config, class Similarity, class Objective, class Passes>
 SK_KERNEL(Config::kThreads, 1)
 statistics(SK_PARAMETER Launched<Statistics, Passes> p) {
-  auto& shared = ptx::shared_storage<ForwardShared<Config, Similarity, Objective>>();
-  shared.pipeline.start();
-  if (Warpgroup<Config>::index() == Config::kConsumers) {
-    ptx::give_registers<Config::kProducerRegisters>();
-    bring_operands<Config>(p, shared.pipeline);
-  } else {
-    ptx::take_registers<Config::kConsumerRegisters>();
-    consume_statistics(p, shared);
-  }
+  run_block<Config, ForwardShared<Config, Similarity, Objective>>(p,
+                                                                  [&](auto& shared) { consume_statistics(p, shared); });
 }
 
 }  // namespace smartclip::cuda::sm90

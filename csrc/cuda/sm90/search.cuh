@@ -127,19 +127,13 @@ class SearchOf {
 template <class Config, class Similarity, class Passes>
 SK_KERNEL(Config::kThreads, 1)
 search(SK_PARAMETER Launched<Search, Passes> p) {
-  auto& shared = ptx::shared_storage<SearchShared<Config, Similarity>>();
-  shared.pipeline.start();
-  if (Warpgroup<Config>::index() == Config::kConsumers) {
-    ptx::give_registers<Config::kProducerRegisters>();
-    bring_operands<Config>(p, shared.pipeline);
-  } else {
-    ptx::take_registers<Config::kConsumerRegisters>();
+  run_block<Config, SearchShared<Config, Similarity>>(p, [&](auto& shared) {
     auto& mine = shared.consumers[Warpgroup<Config>::index()];
     for_tiles<Config, Passes>(
         p, shared.pipeline, mine.at, [&](int first_column) { mine.factors.bring(p, first_column); },
         [&](Place place, Fragment<Config>& fragment) { SearchOf<Config, Similarity>(p, place, mine).store(fragment); },
         [](const Walk&, int) {});
-  }
+  });
 }
 
 }  // namespace smartclip::cuda::sm90
