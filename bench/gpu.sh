@@ -110,9 +110,11 @@ step_tune() {
   python3 -m bench tune --seconds "$((STEP_SECONDS > 60 ? STEP_SECONDS - 40 : STEP_SECONDS / 3))" && cp smartclip_kernels/backends/triton/tables.json "$out/"
 }
 
-# Built side by side, measured one after the other, the first as it is now.
+# Built side by side, measured one after the other, the first as it is now. One that fails stops no other.
 step_configs() {
-  local flags=("" -DSK_SM90_LAG=1 -DSK_SM90_LAG=3 -DSK_SM90_LAG=0 -DSK_SM90_GROUP=1024 -DSK_SM90_GROUP=4096 -DSK_SM90_WALK=8) i
+  python3 -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))' ||
+    { echo "the kernels of sm_90a run on compute capability 9.0 alone"; return 1; }
+  local flags=("" -DSK_SM90_LAG=1 -DSK_SM90_LAG=3 -DSK_SM90_LAG=0 -DSK_SM90_GROUP=1024 -DSK_SM90_GROUP=4096 -DSK_SM90_WALK=8) i bad=0
   for i in "${!flags[@]}"; do
     { cmake -S . -B "build/configs/$i" -G Ninja -DCUDA_ARCHS="90-real;90a-real" -DSMARTCLIP_CUDA=1 -DCMAKE_CUDA_FLAGS="${flags[i]}" \
         -DPython_EXECUTABLE="$(command -v python3)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$root/build/configs/$i/lib" &&
@@ -122,11 +124,11 @@ step_configs() {
   mkdir -p build/configs/before && cp smartclip_kernels/_C*.so build/configs/before/ || return
   for i in "${!flags[@]}"; do
     echo "configuration $i: ${flags[i]:-as it is}"
-    cp "build/configs/$i/lib"/_C*.so smartclip_kernels/ || continue
+    cp "build/configs/$i/lib"/_C*.so smartclip_kernels/ || { tail -5 "$out/config-$i.txt"; bad=1; continue; }
     mkdir -p "$out/configs/$i" && echo "${flags[i]:-as it is}" >"$out/configs/$i/flags.txt"
-    python3 -m bench gpu --alone --backend cuda --seconds $(((STEP_SECONDS - 80) / ${#flags[@]})) --out "$out/configs/$i" | tail -30
+    python3 -m bench gpu --alone --backend cuda --seconds $(((STEP_SECONDS - 80) / ${#flags[@]})) --out "$out/configs/$i" | tail -30 || bad=1
   done
-  cp build/configs/before/_C*.so smartclip_kernels/
+  cp build/configs/before/_C*.so smartclip_kernels/ && return $bad
 }
 
 step_bench() {

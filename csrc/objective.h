@@ -6,7 +6,7 @@
 //   anchor     from an anchor's statistics and weight (the gradient of its loss) to the kAnchor numbers that G needs
 //   gradient   G of a pair, from its logit and both anchors
 // Nearly all candidates are not positive. Of those a sweep may do many at once:
-//   Others<V>  their sum; with a shift that none of the logits exceeds, where the objective kShifts
+//   Others<V>  their sum, of at most kMost; with a shift that none of the logits exceeds, where the objective kShifts
 //   State::of_others  the state of `count` of them, from that sum
 //   G of one = other_slope(logit, shift) * (share(row's anchor, shift) + share(column's)) - even(row's) -
 //   even(column's) shift_of   an anchor's own; shares are finite for shifts near it

@@ -145,6 +145,27 @@ def test_scale_100_and_no_cosine_above_5_percent(backend: str, similarity: Any, 
 
 
 @similarities
+@dtypes
+@pytest.mark.parametrize("scale", [30.0, 45.0, 100.0])
+def test_neighbours_that_lie_far_apart(backend: str, similarity: Any, dtype: torch.dtype, scale: float) -> None:
+    """Every other image points the other way: side by side, rows whose logits are all near scale and all near -scale.
+
+    A shift that neighbours share would leave nothing of the lower ones; and most of their candidates are not positive.
+    """
+    inputs = make_inputs(64, 200, 48, similarity=similarity, dtype=dtype, mask="soft", scale=scale, ids=True)
+    way = torch.nn.functional.normalize(torch.ones(1, 48), dim=1)
+    sign = torch.tensor([1.0, -1.0]).repeat(32)[:, None]
+    image, text = ((way + 0.1 * torch.nn.functional.normalize(x.float(), dim=1)) for x in (inputs.image, inputs.text))
+    text_ids = torch.cat([torch.arange(1000, 1136), torch.arange(64)])
+    mask = None if inputs.mask is None else (1 + inputs.mask) / 2
+    inputs = replace(inputs, image=(sign * image).to(dtype), text=text.to(dtype), mask=mask,
+                     image_ids=torch.arange(64), text_ids=text_ids)  # fmt: skip
+    sim = reference.similarity(inputs.image.double(), inputs.text.double(), mask)
+    assert sim[0].min() > 0.8 and sim[1].max() < -0.8
+    check_loss(inputs, backend=backend)
+
+
+@similarities
 @objectives
 @dtypes
 def test_scale_zero(backend: str, similarity: Any, objective: str, dtype: torch.dtype) -> None:

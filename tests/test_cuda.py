@@ -203,16 +203,30 @@ def test_an_architecture_that_the_gpu_has_not_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda, "ARCHITECTURE", "sm_90a")
     with pytest.raises(RuntimeError, match=r"this GPU has compute capability 8\.6"):
         cuda.architecture(torch.device("cpu"), "bfloat16", "dot", "softmax")
+    assert cuda.architecture(torch.device("cpu"), "float32", "dot", "softmax") == "sm_80"
 
 
 @emulated
-@pytest.mark.parametrize("size", [1, 128, 256, 512, 1024, 2048, 4096, 65536])
-def test_small_batches_are_shared_out_among_all_processors(size: int) -> None:
-    """As many tiles as there are; from 1,024 on no processor of 132 is without one, and few wait for the last."""
+def test_an_architecture_that_was_not_built_is_the_default_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_built", lambda *_: False)
+    assert cuda.architecture(torch.device("cpu"), "bfloat16", "dot", "softmax") == "sm_80"
+    monkeypatch.setattr(cuda, "ARCHITECTURE", "sm_90a")
+    with pytest.raises(RuntimeError, match=r"its kernels were not built: .* 90a in CUDA_ARCHS"):
+        cuda.architecture(torch.device("cpu"), "bfloat16", "dot", "softmax")
+
+
+@emulated
+@pytest.mark.parametrize("size", [1, 128, 512, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 65536])
+def test_walks_are_shared_out_among_the_processors(size: int) -> None:
+    """Of 132: small batches have narrow tiles, a walk each; from there on two thirds or more are at work to the end."""
     launch = launch_of("sm_90a", "softmax", multiprocessors=132)
-    row_tiles, column_tiles = launch.tiles(size, size)
-    assert row_tiles == -(-size // 128) and column_tiles in (-(-size // 64), -(-size // 256))
+    (row_tiles, column_tiles), (of_rows, of_columns, of_all) = launch.tiles(size, size), launch.slots(size, size, False)
+    walks = of_all // 2
+    assert row_tiles == -(-size // 128) and of_rows == column_tiles and of_columns * column_tiles == of_all
+    assert column_tiles in (-(-size // 64), -(-size // 256))
     if size <= 1024:
-        assert column_tiles == -(-size // 64)
+        assert walks == row_tiles * column_tiles == -(-size // 128) * -(-size // 64)
+    else:
+        assert walks / (-(-walks // 132) * 132) > 2 / 3
     if size >= 16384:
-        assert column_tiles == size // 256
+        assert walks / (-(-walks // 132) * 132) > 0.96

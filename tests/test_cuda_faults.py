@@ -39,6 +39,8 @@ FAULTS = {
     "products not begun": ("sm90/pipeline.cuh", "        ptx::begin_products();\n", ""),
     "rows of the other warpgroup": ("sm90/pipeline.cuh", "consumer * Config::kConsumerRows", "0 * consumer"),
     "a shift that is not a row's": ("sm90/forward.cuh", "shift = Lanes<1, 32>::max(shift);", ""),
+    "sums too small to be exact": ("sm90/forward.cuh", "kLeast = 7.8886090522101181e-31f", "kLeast = 0"),
+    "shares of shifts too far away": ("sm90/sums.cuh", "kReach = 40", "kReach = 1e30f"),
     "columns of one warp alone": ("sm90/forward.cuh",
                                   "for (int warp = 0; warp < 4; ++warp)\n        if (exchange_.plain",
                                   "for (int warp = 0; warp < 1; ++warp)\n        if (exchange_.plain"),
@@ -50,9 +52,17 @@ FAULTS = {
 }  # fmt: skip
 CHECK = """
 import torch
+from dataclasses import replace
 from smartclip_kernels.testing import check_loss, make_inputs
 torch.use_deterministic_algorithms(True)
-check_loss(make_inputs(140, 600, 328, dtype=torch.bfloat16), backend="cuda")
+inputs = make_inputs(140, 600, 328, dtype=torch.bfloat16)
+check_loss(inputs, backend="cuda")
+# Rows side by side whose logits are all near 100 and all near -100.
+way = torch.nn.functional.normalize(torch.ones(1, 328), dim=1)
+image, text = (way + 0.1 * x.float() for x in (inputs.image, inputs.text))
+image[::2] *= -1
+far = replace(inputs, image=image.bfloat16(), text=text.bfloat16(), logit_scale=torch.tensor(100.0))
+check_loss(far, backend="cuda")
 """
 
 

@@ -600,7 +600,7 @@ def declared(header: Path) -> set[tuple[str, int]]:
     """Names and numbers of parameters of a header's functions, and the macros that it leaves."""
     text = re.sub(r"//.*", "", header.read_text())
     found = {(name, -1) for name in {*re.findall(r"#define (\w+)", text)} - {*re.findall(r"#undef (\w+)", text)}}
-    for match in re.finditer(r"(?:SK_DEVICE[^(;{]*?|^void )\b(\w+)(?:<[\w:]+>)?\(", text, re.MULTILINE):
+    for match in re.finditer(r"(?:SK_DEVICE[^(;{]*?|^void |^TensorMap )\b(\w+)(?:<[\w:]+>)?\(", text, re.MULTILINE):
         depth, parameters = 1, [""]
         for letter in text[match.end() :]:
             depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -617,7 +617,7 @@ def declared(header: Path) -> set[tuple[str, int]]:
 @pytest.mark.parametrize("header", TWINS, ids=lambda path: path.name)
 def test_twins_declare_the_same(header: Path) -> None:
     ours = declared(header)
-    assert len(ours) >= 2
+    assert len(ours) > 2
     assert ours <= declared(build.EMULATOR / "ptx" / header.name)
 
 

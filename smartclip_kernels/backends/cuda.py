@@ -24,6 +24,7 @@ MULTIPROCESSORS_EMULATED = 4
 ARCHITECTURE = os.environ.get("SMARTCLIP_CUDA_ARCHITECTURE", "")
 """Which kernels run: "sm_80", or "sm_90a", half precision on compute capability 9.0. Empty: the best there are."""
 ARCHITECTURES = ("sm_80", "sm_90a")
+HOPPER_ELEMENTS = ("bfloat16", "float16")
 OLDEST = (8, 0)
 _VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor")
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -67,23 +68,34 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if not EMULATOR else (9, 0)
 
 
+@cache
+def _built(name: str, element: str, similarity: str, objective: str) -> bool:
+    return bool(compiled().resources(name, element, similarity, objective))
+
+
 def architecture(device: torch.device, element: str, similarity: str, objective: str) -> str:
-    """Whose kernels run: those of sm_90a where they were built, this device has its instructions and nobody asked for
-    others.
+    """Whose kernels run: those of sm_90a where they were built and this device has its instructions.
+
+    float32 has kernels of sm_80 alone, whichever are asked for.
 
     Raises:
-        RuntimeError: SMARTCLIP_CUDA_ARCHITECTURE names none, or such as this device cannot run.
+        RuntimeError: SMARTCLIP_CUDA_ARCHITECTURE names none, such as this device cannot run, or such as were not built.
     """
     if ARCHITECTURE not in ("", *ARCHITECTURES):
-        raise RuntimeError(
-            f"SMARTCLIP_CUDA_ARCHITECTURE: got {ARCHITECTURE!r}, needs one of {', '.join(ARCHITECTURES)}"
-        )
-    here = _capability(device) == (9, 0)
-    if ARCHITECTURE == "sm_90a" and not here:
+        names = ", ".join(ARCHITECTURES)
+        raise RuntimeError(f"SMARTCLIP_CUDA_ARCHITECTURE: got {ARCHITECTURE!r}, needs one of {names}")
+    if ARCHITECTURE == "sm_80" or element not in HOPPER_ELEMENTS:
+        return "sm_80"
+    here, built = _capability(device) == (9, 0), _built("sm_90a", element, similarity, objective)
+    if here and built:
+        return "sm_90a"
+    if ARCHITECTURE == "sm_90a":
         name = "{}.{}".format(*_capability(device))
-        raise RuntimeError(f"SMARTCLIP_CUDA_ARCHITECTURE: got 'sm_90a', but this GPU has compute capability {name}")
-    fits = here and ARCHITECTURE != "sm_80" and bool(compiled().resources("sm_90a", element, similarity, objective))
-    return "sm_90a" if fits else "sm_80"
+        reason = f"this GPU has compute capability {name}"
+        if here:
+            reason = "its kernels were not built: install the package again with 90a in CUDA_ARCHS"
+        raise RuntimeError(f"SMARTCLIP_CUDA_ARCHITECTURE: got 'sm_90a', but {reason}")
+    return "sm_80"
 
 
 class CudaLaunch(DeviceLaunch):

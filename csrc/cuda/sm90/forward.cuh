@@ -241,7 +241,7 @@ SK_DEVICE void consume_statistics(const Launched<Statistics, Passes>& p,
         const Chunks chunks = Chunks::of<Config>(p, place, mine.ids);
         const KnownFactors<Config, Similarity> factors(p, place, mine.factors);
         const float scale = *p.problem.scale, bias = p.problem.bias ? *p.problem.bias : 0.0f;
-        // Chunks beyond a branch of their own: the compiler would take registers for many at once.
+        // Every chunk behind a branch: together, the compiler would give registers to many at once.
         for_chunks<Config>(ptx::computed_here(Config::kAllChunks), [&](int chunk) {
           for_chunk_columns<Config>(chunk, [&](int, int c) {
 #pragma unroll
