@@ -41,15 +41,25 @@ class ReferenceBackend:
             planes = positives.new_zeros(problem.traits.statistics, len(positives))
             planes[0] = positives
             statistics.append(planes)
-        return rows, columns, *statistics, rows.new_empty(0)
+        total, weights = rows.new_empty(0), rows.new_empty(0)
+        if problem.reduction != "none":
+            total, weights = reference.reduce_losses(
+                rows,
+                columns,
+                row_positives,
+                column_positives,
+                objective=problem.objective,
+                reduction=problem.reduction,
+            )
+        return total, weights, rows, columns, *statistics, rows.new_empty(0)
 
     def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
         return _rounded(problem, needs, _gradients(problem, weights))
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        rows, columns, *_ = self.loss(problem)
-        grads = _gradients(problem, (torch.ones_like(rows), torch.ones_like(columns)))
-        return rows.sum(), *_rounded(problem, needs, grads, unrounded=True)
+        total, weights, rows, columns, *_ = self.loss(problem)
+        grads = _gradients(problem, (weights.expand_as(rows), columns))
+        return total, *_rounded(problem, needs, grads, unrounded=True)
 
     def masked_similarity(self, problem: Problem) -> Tensor:
         return reference.similarity(problem.image, problem.text, problem.mask)
