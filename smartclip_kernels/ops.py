@@ -30,7 +30,7 @@ _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_sca
 _SCHEMAS = {
     "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs) -> ({_GRADS})",
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded) -> ({_GRADS})",
     "loss_sum": f"({_LOSS}) -> Tensor",
     "loss_one_sweep": f"({_LOSS}, bool[] needs) -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
@@ -100,11 +100,11 @@ def _loss_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *loss_arguments, needs = arguments
+    *loss_arguments, needs, unrounded = arguments
     problem = _problem(*loss_arguments)
     backend = backends.resolve(loss_arguments[-2], problem.image.device)
     saved = (row_statistics, column_statistics, kept)
-    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs))
+    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs), unrounded)
 
 
 @_implement("loss_sum")
@@ -213,7 +213,8 @@ def _loss_backward_fake(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(empty_gradients(_problem(*arguments[:-1]), Needs(*arguments[-1])))
+    *loss_arguments, needs, unrounded = arguments
+    return tuple(empty_gradients(_problem(*loss_arguments), Needs(*needs), unrounded=unrounded))
 
 
 @_fake("loss_sum")
@@ -310,7 +311,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs)
+        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs, False)
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
@@ -330,7 +331,7 @@ class _LossSum(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1:6])
         weight = grad_loss / 2 if OBJECTIVES[ctx.constants[0]].both_sides else grad_loss
         weights = (weight.expand(statistics.shape[1]) for statistics in ctx.saved_tensors[:2])
-        grads = _ops.loss_backward(*weights, *ctx.saved_tensors, *ctx.constants, needs)
+        grads = _ops.loss_backward(*weights, *ctx.saved_tensors, *ctx.constants, needs, False)
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
