@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
-from smartclip_kernels.distributed.exchange import Exchange
+from smartclip_kernels.distributed.exchange import Exchange, Pending
 from smartclip_kernels.problem import Tensors
 
 Visit = Callable[[slice, Tensors], Tensors]
@@ -33,7 +33,7 @@ class Gather:
 class Ring:
     """Rank by rank, the next rows in flight while these are visited: O(M·D / W) memory.
 
-    A block's gradients follow it, one visit behind, and arrive home after the last.
+    A block's gradients follow it, one visit behind. The owner's own wait at home for the sum of the others'.
     """
 
     def __init__(self, exchange: Exchange, rows: Sequence[int]) -> None:
@@ -41,20 +41,26 @@ class Ring:
         self.starts = [0, *accumulate(rows)]
 
     def sweep(self, block: Tensors, visit: Visit) -> Tensors:
-        exchange, sums = self.exchange, None
-        for visited in range(exchange.size):
-            owner = (exchange.who - visited) % exchange.size
-            following = self.rows[(owner - 1) % exchange.size]
-            coming = exchange.shift(block, following) if visited < exchange.size - 1 else None
+        exchange, size = self.exchange, self.exchange.size
+        at_home: Tensors = ()
+        following: Pending | None = None
+        for visited in range(size):
+            owner = (exchange.who - visited) % size
+            next_rows = self.rows[(owner - 1) % size]
+            coming = exchange.shift(block, next_rows) if visited < size - 1 else None
             grads = visit(slice(self.starts[owner], self.starts[owner + 1]), block)
-            if sums is not None:
-                for grad, others in zip(grads, sums.wait(), strict=True):
-                    grad += others
-            if grads:
-                sums = exchange.shift(grads, following)
+            if visited == 0:
+                at_home = grads
+            elif grads:
+                grads = grads if following is None else _sums(grads, following.wait())
+                following = exchange.shift(grads, next_rows)
             if coming is not None:
                 block = coming.wait()
-        return () if sums is None else sums.wait()
+        return at_home if following is None else _sums(at_home, following.wait())
+
+
+def _sums(into: Tensors, others: Tensors) -> Tensors:
+    return tuple(x.add_(y) for x, y in zip(into, others, strict=True))
 
 
 STRATEGIES: dict[str, type[Gather] | type[Ring]] = {"gather": Gather, "ring": Ring}
