@@ -98,11 +98,13 @@ class TiledBackend:
             launch.statistics(tile)
         return *launch.loss(), *losses, *statistics, products
 
-    def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
+    def loss_backward(
+        self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
+    ) -> Tensors:
         operands, row, column = self._sides(problem)
         row.statistics, column.statistics, products = (x.contiguous() for x in saved)
         row.weight, column.weight = weights
-        return self._gradients(problem, operands, row, column, needs, products, one_sweep=False)[1]
+        return self._gradients(problem, operands, row, column, needs, products, False, unrounded)[1]
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = self._sides(problem)
@@ -110,9 +112,7 @@ class TiledBackend:
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
         weight = 1 / problem.n if problem.reduction == "mean" else 1.0
         row.weight = problem.scale.new_full((), weight, dtype=problem.dtype).expand(problem.n)
-        launch, grads = self._gradients(
-            problem, operands, row, column, needs, problem.scale.new_empty(0), one_sweep=True
-        )
+        launch, grads = self._gradients(problem, operands, row, column, needs, problem.scale.new_empty(0), True, True)
         return launch.loss()[0], *grads
 
     def _gradients(
@@ -124,6 +124,7 @@ class TiledBackend:
         needs: Needs,
         products: Tensor,
         one_sweep: bool,
+        unrounded: bool,
     ) -> tuple[Launch, Tensors]:
         """G of every tile, and from it everything asked for; with `one_sweep` statistics, too."""
         if needs.text and operands.column_factor is not None:
@@ -136,7 +137,7 @@ class TiledBackend:
 
         tiles = self._tiles(problem, operands, products.nbytes, buffers=operands.accumulators)
         kept = products if products.numel() else None
-        grads = _accumulate(tiles, needs, column.score_gradient, gradient, gain, kept, unrounded=one_sweep)
+        grads = _accumulate(tiles, needs, column.score_gradient, gradient, gain, kept, unrounded=unrounded)
         if needs.bias and problem.traits.shift_invariant:
             grads[4].zero_()
         bias = grads[4] if needs.bias and not problem.traits.shift_invariant else None

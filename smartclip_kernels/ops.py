@@ -30,7 +30,7 @@ _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_sca
 _SCHEMAS = {
     "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs) -> ({_GRADS})",
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False) -> ({_GRADS})",
     "reduced_loss": f"({_LOSS}, str reduction) -> Tensor",
     "loss_forward": f"({_LOSS}, str reduction) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
     "Tensor column_statistics, Tensor kept)",
@@ -102,11 +102,16 @@ def _loss_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *loss_arguments, needs = arguments
+    loss_arguments, needs, unrounded = _split_backward(arguments)
     problem = _problem(*loss_arguments)
     backend = backends.resolve(loss_arguments[-2], problem.image.device)
     saved = (row_statistics, column_statistics, kept)
-    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs))
+    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs), unrounded)
+
+
+def _split_backward(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool], bool]:
+    """Those of the loss, `needs` and `unrounded`; torch leaves out what is a default."""
+    return arguments[:13], arguments[13], arguments[14:] == (True,)
 
 
 @_implement("reduced_loss")
@@ -226,7 +231,8 @@ def _loss_backward_fake(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(empty_gradients(_problem(*arguments[:-1]), Needs(*arguments[-1])))
+    loss_arguments, needs, unrounded = _split_backward(arguments)
+    return tuple(empty_gradients(_problem(*loss_arguments), Needs(*needs), unrounded=unrounded))
 
 
 @_fake("reduced_loss")
@@ -309,7 +315,8 @@ class _FirstOrder(torch.autograd.Function):
         raise RuntimeError("smartclip_kernels: second derivatives are not implemented")
 
 
-def _first_order(grads: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def first_order(grads: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The gradients; to differentiate them once more raises."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not any(needed_gradients(*tensors)):
         return grads
@@ -329,7 +336,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs)
+        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs, False)
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
@@ -350,7 +357,7 @@ class _ReducedLoss(torch.autograd.Function):
         # Expanded, not copied: a backend can tell that they are all the same.
         of_side = (*(weights * grad_loss).unbind(), grad_loss)  # columns that are no anchors take none of it
         expanded = (weight.expand(x.shape[1]) for weight, x in zip(of_side, saved[:2], strict=False))
-        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs)
+        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False)
         return (None, *_or_none(grads, needs), *([None] * 9))
 
 
@@ -379,7 +386,7 @@ class _ReducedLossOneSweep(torch.autograd.Function):
                 grad.mul_(grad_loss).to(x.dtype) if need else grad
                 for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
             )
-        scaled = _first_order(scaled, (grad_loss, *ctx.saved_tensors))
+        scaled = first_order(scaled, (grad_loss, *ctx.saved_tensors))
         return (None, *_or_none(scaled, needs), *([None] * 9))
 
 
@@ -434,7 +441,7 @@ def _with_first_order(name: str) -> None:
     op = getattr(_ops, name)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        return _first_order(_below_autograd(op, keyset, *arguments), arguments)
+        return first_order(_below_autograd(op, keyset, *arguments), arguments)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
@@ -459,20 +466,29 @@ _with_first_order("masked_similarity_backward")
 # --- autocast: image, text and a floating mask go to the autocast dtype, as `mm` would send them -------------------
 
 
-def _with_autocast(name: str, device_type: str, key: str) -> None:
-    op = getattr(_ops, name)
+def autocast(*features: Any) -> tuple[Any, ...]:
+    """As autocast, where it is on, would have them."""
 
     def cast(x: Any) -> Any:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
+        if not eligible or not torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    return tuple(map(cast, features))
+
+
+def _with_autocast(name: str, key: str) -> None:
+    op = getattr(_ops, name)
 
     def kernel(*arguments: Any) -> Any:
+        features = autocast(*arguments[:3])
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return op(*(cast(x) for x in arguments[:3]), *arguments[3:])
+            return op(*features, *arguments[3:])
 
     _library.impl(name, kernel, key)
 
 
 for _op in ("loss", "reduced_loss", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
-    _with_autocast(_op, "cpu", "AutocastCPU")
-    _with_autocast(_op, "cuda", "AutocastCUDA")
+    _with_autocast(_op, "AutocastCPU")
+    _with_autocast(_op, "AutocastCUDA")

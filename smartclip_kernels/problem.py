@@ -86,9 +86,14 @@ class Backend(Protocol):
         """The loss and what each side's losses count in it, as `reference.reduce_losses`; rows (N,), columns (M,),
         statistics of rows and columns (planes, N or M), kept products."""
 
-    def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
-        """Gradients, from what `loss` returned after the losses and the gradients of rows and columns. The latter may
-        be one number, expanded."""
+    def loss_backward(
+        self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
+    ) -> Tensors:
+        """Gradients, from what `loss` returned after the losses and the gradients of rows and columns.
+
+        Statistics may know of more candidates than the problem has. The gradients of rows and columns may be one
+        number, expanded. `unrounded`: in the scores' dtype.
+        """
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         """The loss (0-D) and its gradients in the scores' dtype, for an objective without statistics."""
