@@ -29,10 +29,10 @@ from smartclip_kernels.grad_cache.inputs import (
 from smartclip_kernels.grad_cache.keep import Graphs, Limit, auto_budget, parse_keep_graph
 from smartclip_kernels.grad_cache.replay import RandomState, autocast_off
 from smartclip_kernels.grad_cache.sync import (
-    can_skip_reduction,
     communicates_in_forward,
-    decides_in_forward,
-    forward_without_reduction,
+    reducers_of,
+    settles_in_forward,
+    several_processes,
     without_reduction,
 )
 
@@ -157,28 +157,26 @@ class GradCache:
         """
         if len(model_inputs) != len(self.models):
             raise ValueError(f"model_inputs: got {len(model_inputs)}, needs one for each of {len(self.models)} models")
-        if no_sync_except_last:
-            for model in self.models:
-                if not can_skip_reduction(model):
-                    raise TypeError(
-                        f"no_sync_except_last: {name_of(model)} has no no_sync(), needs DistributedDataParallel or "
-                        "fully_shard"
-                    )
+        reducers = [reducers_of(model) for model in self.models]
+        for model, found in zip(self.models, reducers, strict=True):
+            if no_sync_except_last and not found:
+                raise TypeError(
+                    f"no_sync_except_last: {name_of(model)} has no no_sync(), needs DistributedDataParallel or "
+                    "fully_shard"
+                )
         inputs = [self.split_inputs(x, size) for x, size in zip(model_inputs, self.chunk_sizes, strict=True)]
         graphs = self._graphs(inputs)
         encoded = [self.first_pass(model, chunks, graphs) for model, chunks in zip(self.models, inputs, strict=True)]
         loss = self.build_cache(encoded, loss_kwargs)
         sides = [i for i, first in enumerate(encoded) if first.gradients]
-        last_side = {id(module_of(self.models[i]) or self.models[i]): i for i in sides}
         for i in sides:
-            end = len(inputs[i])
-            if not self._reduces:
-                reducing = range(0)
-            elif not no_sync_except_last:
-                reducing = range(end)
-            else:
-                reducing = range(end - 1, end) if i in last_side.values() else range(0)
-            self.second_pass(self.models[i], inputs[i], encoded[i], reducing)
+            later = {id(x) for j in sides if j > i for x in reducers[j]}
+            held = [reducers[i]] * len(inputs[i])  # for each chunk, who must not reduce
+            if self._reduces and no_sync_except_last:
+                held[-1] = [x for x in reducers[i] if id(x) in later]
+            elif self._reduces:
+                held = [[]] * len(inputs[i])
+            self.second_pass(self.models[i], inputs[i], encoded[i], held)
         return loss
 
     @contextmanager
@@ -265,11 +263,12 @@ class GradCache:
         first = Encoded()
         parts: list[Representations] = []
         devices, trains = devices_of(model, chunks), may_need_gradient(model, chunks)
+        held = [x for x in reducers_of(model) if settles_in_forward(x)]
         for i, chunk in enumerate(chunks):
             first.states.append(RandomState(devices))
-            keep = trains and graphs.open and not (decides_in_forward(model) and i == len(chunks) - 1)
+            keep = trains and graphs.open and not (held and i == len(chunks) - 1)
             if keep or (trains and i == 0):
-                with graphs.record(keep), forward_without_reduction(model):
+                with graphs.record(keep), without_reduction(held):
                     reps = self.get_reps(model, self.model_call(model, chunk))
             else:
                 with torch.no_grad():
@@ -322,14 +321,16 @@ class GradCache:
             one.reps.clear()
         return loss.detach()
 
-    def second_pass(self, model: Callable[..., Any], chunks: Sequence[Any], first: Encoded, reducing: range) -> None:
+    def second_pass(
+        self, model: Callable[..., Any], chunks: Sequence[Any], first: Encoded, held: Sequence[Sequence[nn.Module]]
+    ) -> None:
         """Each chunk's representations' gradients through its graph, which is made anew where it was not kept.
 
         Args:
-            reducing: the chunks whose backward passes reduce gradients between processes.
+            held: for each chunk, the modules that must not reduce gradients between processes.
         """
         for i, (chunk, state) in enumerate(zip(chunks, first.states, strict=True)):
-            with nullcontext() if i in reducing else without_reduction(model):
+            with without_reduction(held[i]):
                 reps, first.kept[i] = first.kept[i], None
                 if reps is None:
                     with state.replay():
@@ -347,16 +348,20 @@ class GradCache:
     def _graphs(self, inputs: Sequence[Sequence[Any]]) -> Graphs:
         """This step's budget."""
         limit = self.keep_graph
-        if limit.chunks is not None and not self.offload:
+        if limit.chunks == 0:
             return Graphs(limit)
+        for model in self.models:
+            if module_of(model) is None and several_processes():
+                raise ValueError(
+                    f"keep_graph: got {name_of(model)}, a function, where there are several processes: it would hide a "
+                    "DistributedDataParallel; needs a module"
+                )
+            if limit.chunks is None and communicates_in_forward(model):
+                raise ValueError(
+                    f"keep_graph: got {'auto' if limit.is_auto else 'a size'} with {name_of(model)}, whose forward "
+                    "pass waits for that of other processes; needs a number of chunks, the same in all"
+                )
         state = list(chain.from_iterable(state_of(model) for model in self.models))
-        if limit.chunks is None:
-            for model in self.models:
-                if communicates_in_forward(model):
-                    raise ValueError(
-                        f"keep_graph: got {'auto' if limit.is_auto else 'a size'} with {name_of(model)}, whose forward "
-                        "pass waits for that of other processes; needs a number of chunks, the same in all"
-                    )
         if limit.is_auto:
             devices = sorted({d for m, x in zip(self.models, inputs, strict=True) for d in devices_of(m, x)}, key=str)
             limit = Limit(bytes=auto_budget(devices, state, offload=self.offload))

@@ -76,7 +76,9 @@ class Graphs:
     def __init__(self, limit: Limit, *, offload: bool = False, outside: Iterable[Tensor] = ()) -> None:
         self.limit, self.offload = limit, offload
         self.chunks, self.bytes, self.full = 0, 0, False
-        self._counted = dict(_storage(x) for x in outside)  # address -> bytes. Reused addresses: never too few
+        self._hooked = limit.bytes is not None or offload
+        # Address -> bytes. An address may be reused by something larger: the most is counted, so never too few.
+        self._counted = dict(_storage(x) for x in outside) if self._hooked else {}
         self._of_this_chunk: list[Saved] = []
 
     @property
@@ -92,7 +94,7 @@ class Graphs:
         self._of_this_chunk.clear()
 
     def _hooks(self, keep: bool) -> AbstractContextManager[Any]:
-        if self.limit.bytes is None and not self.offload:
+        if not self._hooked:
             return nullcontext()
         return saved_tensors_hooks(self._pack if keep else lambda x: None, _unpack)
 

@@ -1,54 +1,60 @@
-"""Gradient reduction between processes: `DistributedDataParallel` and FSDP2 (`fully_shard`), told when not to."""
+"""Gradient reduction between processes: `DistributedDataParallel` and FSDP2 (`fully_shard`), told when not to.
+
+Whether a backward pass reduces, DDP settles in the latest forward pass before it, FSDP2 when it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
 from smartclip_kernels.grad_cache.inputs import module_of
 
-
-def decides_in_forward(model: Callable[..., Any]) -> bool:
-    """Whether a backward pass reduces is settled by the latest forward pass (DDP), not when it runs (FSDP2)."""
-    return hasattr(model, "no_sync")
+DDP, FSDP2, FSDP1 = "no_sync", "set_requires_gradient_sync", "summon_full_params"
+"""Methods that tell them: the classes themselves are imported only by those who use them."""
 
 
-def _modules(model: Callable[..., Any]) -> Iterator[Any]:
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    if hasattr(module, DDP) or hasattr(module, FSDP2):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)
+
+
+def reducers_of(model: Callable[..., Any]) -> list[nn.Module]:
+    """The wrapped modules in an encoder: itself, or such of its children."""
     module = module_of(model)
-    return iter(()) if module is None else module.modules()
+    return [] if module is None else list({id(x): x for x in _outermost(module)}.values())
 
 
-def _sharded(model: Callable[..., Any]) -> list[Any]:
-    return [module for module in _modules(model) if hasattr(module, "set_requires_gradient_sync")]
-
-
-def can_skip_reduction(model: Callable[..., Any]) -> bool:
-    return decides_in_forward(model) or bool(_sharded(model))
-
-
-def communicates_in_forward(model: Callable[..., Any]) -> bool:
-    """Its forward pass waits for other processes: sharded parameters (FSDP2, and FSDP1), SyncBatchNorm."""
-    sharding = ("set_requires_gradient_sync", "summon_full_params")
-    return any(isinstance(x, nn.SyncBatchNorm) or any(hasattr(x, s) for s in sharding) for x in _modules(model))
-
-
-def forward_without_reduction(model: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """For a forward pass whose backward pass comes later, after others."""
-    return model.no_sync() if decides_in_forward(model) else nullcontext()  # type: ignore[attr-defined]
+def settles_in_forward(reducer: nn.Module) -> bool:
+    return hasattr(reducer, DDP)
 
 
 @contextmanager
-def without_reduction(model: Callable[..., Any]) -> Iterator[None]:
+def without_reduction(reducers: Sequence[Any]) -> Iterator[None]:
     """Gradients stay in this process and add up."""
-    with forward_without_reduction(model):
-        sharded = [] if decides_in_forward(model) else _sharded(model)
-        for module in sharded:
-            module.set_requires_gradient_sync(False, recurse=False)
-        try:
-            yield
-        finally:
-            for module in sharded:
-                module.set_requires_gradient_sync(True, recurse=False)
+    with ExitStack() as stack:
+        for reducer in reducers:
+            if settles_in_forward(reducer):
+                stack.enter_context(reducer.no_sync())
+            else:
+                reducer.set_requires_gradient_sync(False)
+                stack.callback(reducer.set_requires_gradient_sync, True)
+        yield
+
+
+def communicates_in_forward(model: Callable[..., Any]) -> bool:
+    """Its forward pass waits for other processes: it gathers parameters or statistics."""
+    module = module_of(model)
+    return module is not None and any(
+        isinstance(x, nn.SyncBatchNorm) or hasattr(x, FSDP2) or hasattr(x, FSDP1) for x in module.modules()
+    )
+
+
+def several_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
