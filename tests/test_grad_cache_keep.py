@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -277,6 +278,7 @@ def test_an_overflow_skips_the_step_with_kept_graphs_too() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # without a graph, rightly none has
 def test_encoders_that_recompute(use_reentrant: bool) -> None:
     """Activation checkpoints within an encoder: of a kept graph only their inputs wait."""
     setup = Setup(torch.float64, with_mask=False)
@@ -472,3 +474,42 @@ def test_counting_is_not_in_the_way() -> None:
     tower = Counting(nn.Linear(9, D))
     GradCache([tower, tower], 8, two_towers_loss, keep_graph=99)(torch.randn(N, 9), torch.randn(N, 9))
     assert (tower.calls, tower.rows_with_graph) == (6, 8)
+
+
+class Token:
+    pass
+
+
+class Marked(torch.autograd.Function):
+    """Its graph holds a token."""
+
+    alive: weakref.WeakSet[Token]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.token = Token()
+        Marked.alive.add(ctx.token)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize(("keep_graph", "most"), [(0, [0] * 9), (2, [0, 1, 2, 2, 2, 0, 0])])
+def test_graphs_live_as_long_as_they_are_needed(keep_graph: int, most: list[int]) -> None:
+    """None of another chunk when a chunk is encoded or the loss is taken, but those that are kept."""
+    weight, alive = nn.Parameter(torch.ones(())), []
+    Marked.alive = weakref.WeakSet()
+
+    def encode(x: Tensor) -> Tensor:
+        alive.append(len(Marked.alive))
+        return Marked.apply(weight * x)
+
+    def loss_fn(y: Tensor) -> Tensor:
+        alive.append(len(Marked.alive))
+        return y.sum()
+
+    GradCache([encode], 2, loss_fn, keep_graph=keep_graph)(torch.randn(8, 3))
+    assert alive == most
+    assert not Marked.alive

@@ -280,7 +280,7 @@ class GradCache:
             kept = keep and trains and not graphs.full
             first.kept.append(reps if kept else None)
             graphs.chunks += kept
-            del reps  # a graph that is not kept, which would live on while the next chunk is encoded
+            del reps  # its graph, which would live on while the next chunk is encoded
         if any(part.keys() != parts[0].keys() for part in parts):
             raise ValueError(
                 f"{name_of(model)}: outputs differ from chunk to chunk, need the same number or keys in all"
@@ -335,15 +335,8 @@ class GradCache:
                 if reps is None:
                     with state.replay():
                         reps = self.get_reps(model, self.model_call(model, chunk))
-                reached = [
-                    (rep, parts[i])
-                    for key, parts in first.gradients.items()
-                    if (rep := reps[key]) is not None and rep.requires_grad
-                ]
-                if reached:
-                    tensors, gradients = zip(*reached, strict=True)
-                    with autocast_off(*tensors):
-                        torch.autograd.backward(tensors, gradients)
+                _backward(reps, {key: parts[i] for key, parts in first.gradients.items()})
+                del reps  # its graph, which would live on while the next chunk is encoded
 
     def _graphs(self, inputs: Sequence[Sequence[Any]]) -> Graphs:
         """This step's budget."""
@@ -384,6 +377,14 @@ class Encoded:
     kept: list[Representations | None] = field(default_factory=list)  # of each chunk, with their graphs
     trained: set[int | str] = field(default_factory=set)  # which need gradients
     gradients: dict[int | str, Sequence[Tensor]] = field(default_factory=dict)  # by chunk; of what the loss used
+
+
+def _backward(reps: Representations, gradients: Mapping[int | str, Tensor]) -> None:
+    reached = [(x, g) for key, g in gradients.items() if (x := reps[key]) is not None and x.requires_grad]
+    if reached:
+        tensors, gradients_of_them = zip(*reached, strict=True)
+        with autocast_off(*tensors):
+            torch.autograd.backward(tensors, gradients_of_them)
 
 
 def _chunk_sizes(chunk_sizes: int | Sequence[int], n_models: int) -> list[int]:
