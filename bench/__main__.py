@@ -1,5 +1,6 @@
 """``python -m bench``: measure on the CPU; ``gpu``: on a GPU; ``tune``: find the best sizes of Triton's blocks on it;
-``report``: what kernels take of each GPU, without one; ``readme RESULTS.json``: a table into the README."""
+``report``: what kernels take of each GPU, without one; ``caching``: what gradient caching costs and saves on the CPU;
+``readme RESULTS.json``: a table into the README."""
 
 from __future__ import annotations
 
@@ -30,10 +31,12 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="measure the CPU backend against its peers (the default)")
     gpu = commands.add_parser("gpu", help="measure the backends of a GPU against their peers")
+    caching = commands.add_parser("caching", help="measure gradient caching on the CPU, by what it keeps")
     for measuring in (cpu, gpu):
-        measuring.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
         measuring.add_argument("--only", nargs="+", choices=tuple(LOSS_NAMES.values()), help="these losses alone")
         measuring.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
+    for measuring in (cpu, gpu, caching):
+        measuring.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
         measuring.add_argument(
             "--out",
             type=Path,
@@ -42,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
             default=ROOT / "build" / "bench",
             help=f"write to OUT/<device>/; without a value {RESULTS.relative_to(ROOT)}, without the option build/bench",
         )
-    cpu.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
+    for measuring in (cpu, caching):
+        measuring.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
     gpu.add_argument("--seconds", type=float, default=270, help="no case begins later (default: 270)")
     gpu.add_argument("--backend", nargs="+", metavar="NAME", help="default: those that run on the device")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test of this command itself")
@@ -109,6 +113,14 @@ def run_cpu(arguments: argparse.Namespace) -> int:
         log_rows([row], console)
     directory = arguments.out / report.slug(about["device"])
     return finish(rows, [] if arguments.quick else CPU_BARS, about, directory, console)
+
+
+def run_caching(arguments: argparse.Namespace) -> int:
+    from bench import caching  # needs open_clip
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return caching.main(arguments.out / report.slug(report.device_name()), console_of(), quick=arguments.quick)
 
 
 def gpu_backends(device: str) -> list[str]:
@@ -182,6 +194,8 @@ def main(argv: list[str]) -> int:
         from bench import tune  # needs triton
 
         return tune.main(arguments.arch, arguments.seconds, arguments.out)
+    if arguments.command == "caching":
+        return run_caching(arguments)
     return run_gpu(arguments) if arguments.command == "gpu" else run_cpu(arguments)
 
 
