@@ -513,3 +513,23 @@ def test_graphs_live_as_long_as_they_are_needed(keep_graph: int, most: list[int]
     GradCache([encode], 2, loss_fn, keep_graph=keep_graph)(torch.randn(8, 3))
     assert alive == most
     assert not Marked.alive
+
+
+@pytest.mark.parametrize("keep_graph", [99, "1GiB", "100B"])
+def test_graphs_that_nobody_differentiates_are_freed(keep_graph: int | str) -> None:
+    """An output that the loss leaves alone, and a loss that fails."""
+    weight = nn.Parameter(torch.ones(()))
+    Marked.alive = weakref.WeakSet()
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return weight * x, (Marked.apply(weight * x).exp()).tanh()
+
+    def fails(y: Tensor, z: Tensor) -> Tensor:
+        assert keep_graph == "100B" or len(Marked.alive) == 4
+        raise ArithmeticError
+
+    GradCache([encode], 2, lambda y, z: y.sum(), keep_graph=keep_graph)(torch.randn(8, 3))
+    assert not Marked.alive
+    with pytest.raises(ArithmeticError):
+        GradCache([encode], 2, fails, keep_graph=keep_graph)(torch.randn(8, 3))
+    assert not Marked.alive

@@ -66,9 +66,9 @@ class GradCache:
             - a number: so many chunks, over all models. 0 keeps none: two forward passes; all of them: one.
             - a size, ``"512MiB"`` or ``"2GB"``: as many chunks as fit. Counted is what the graphs save: every storage
               once, without parameters, buffers and inputs.
-            - ``"auto"``: the same with three quarters of the memory that the models' device has free when the step
-              begins (Linux: what the system has available and this process's control groups leave), less the gradients
-              that have yet to be allocated.
+            - ``"auto"``: the same with three quarters of the memory that is free when the step begins, less the gradients
+              that have yet to be allocated: on the device of the modules and inputs, the fullest if there are several;
+              on a CPU (Linux) what the system has available and this process's control groups leave.
         offload: kept graphs wait in (pinned) host memory and not on their device. A size then counts host memory.
 
     An input is a tensor (``model(x)``), a list or tuple (``model(*x)``), a mapping (``model(**x)``) or a tuple of a
@@ -96,12 +96,16 @@ class GradCache:
         - Inputs that need gradients have to be leaves.
         - Memory goes up to the kept graphs, the graph of one more chunk, and what the loss takes.
         - Not counted by a size: what an encoder's own `torch.autograd.Function` puts on its context without
-          ``save_for_backward``. Processes that share a memory each see all that is free: give them sizes.
-        - A size or "auto" uses `torch.autograd.graph.saved_tensors_hooks`, which `torch.func` transforms within an
-          encoder refuse, as does `offload`. A number of chunks does not.
-        - `DistributedDataParallel` reduces as the latest forward pass said: its last chunk is never kept.
+          ``save_for_backward``. "auto" knows no device that a function alone uses, and several processes that share a
+          memory each see all that is free: give them sizes.
+        - A size, "auto" and `offload` use `torch.autograd.graph.saved_tensors_hooks`, which ``torch.func.grad`` within
+          an encoder refuses. A number of chunks does not.
+        - `DistributedDataParallel` reduces as the latest forward pass said: its last chunk is never kept, with C chunks
+          (C + 1)/C forward passes are the least. With ``static_graph=True`` its ``no_sync`` fails in the first step.
         - Processes have to make the same number of forward passes where these communicate (FSDP2, `SyncBatchNorm`):
           there `keep_graph` has to be a number of chunks.
+        - A function may hide a `DistributedDataParallel`: with several processes, graphs are kept of modules and of
+          their methods only.
     """
 
     def __init__(
@@ -346,8 +350,8 @@ class GradCache:
         for model in self.models:
             if module_of(model) is None and several_processes():
                 raise ValueError(
-                    f"keep_graph: got {name_of(model)}, a function, where there are several processes: it would hide a "
-                    "DistributedDataParallel; needs a module"
+                    f"keep_graph: got {name_of(model)}, a function, where there are several processes: it could hide a "
+                    "DistributedDataParallel; needs a module or its method"
                 )
             if limit.chunks is None and communicates_in_forward(model):
                 raise ValueError(

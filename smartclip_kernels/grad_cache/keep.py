@@ -101,11 +101,11 @@ class Graphs:
     def _pack(self, x: Tensor) -> Saved | None:
         if self.full:
             return None
-        saved = x
+        saved = x.detach()  # an operation's output would hold the operation, which holds it: nobody would free either
         address, size = _storage(x)
         is_parameter = isinstance(x if x._base is None else x._base, nn.Parameter)
         if self.offload and not is_parameter and address not in self._counted and not _is_on_host(x):
-            saved, new = _copy_to_host(x), x.nbytes
+            saved, new = _copy_to_host(saved), x.nbytes
         elif is_parameter:
             new = 0
         else:
@@ -145,8 +145,8 @@ def _is_on_host(x: Tensor) -> bool:
 
 def _copy_to_host(x: Tensor) -> Tensor:
     """Pinned, so that neither way waits: both copies are in the order of the device's stream."""
-    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda, requires_grad=False)
-    return host.copy_(x.detach(), non_blocking=True)
+    host = torch.empty_like(x, device="cpu", pin_memory=x.is_cuda)
+    return host.copy_(x, non_blocking=True)
 
 
 def auto_budget(devices: Sequence[torch.device], parameters: Iterable[Tensor], *, offload: bool) -> int:
