@@ -292,10 +292,10 @@ def fsdp2_reduces_once(rank: int) -> None:
     both = TwoTowers().double()
     plain_both = copy.deepcopy(both)
     expected_both = bench.expected([plain_both.image, plain_both.text], list(plain_both.parameters()))
-    for keep_graph in KEPT:
+    for keep_graph, offload in ((0, False), (2, False), (99, False), (2, True)):  # offload: through its hooks
         towers = [copy.deepcopy(t) for t in bench.towers]
         towers = [shard(t, t.layers[0]) for t in towers]
-        cache = GradCache(towers, CHUNK, gathered_loss, keep_graph=keep_graph)
+        cache = GradCache(towers, CHUNK, gathered_loss, keep_graph=keep_graph, offload=offload)
         for _ in range(2):
             assert reduce_scatters(cache, bench.inputs()) == 4
             same(towers, expected)

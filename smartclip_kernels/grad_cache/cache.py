@@ -66,9 +66,9 @@ class GradCache:
             - a number: so many chunks, over all models. 0 keeps none: two forward passes; all of them: one.
             - a size, ``"512MiB"`` or ``"2GB"``: as many chunks as fit. Counted is what the graphs save: every storage
               once, without parameters, buffers and inputs.
-            - ``"auto"``: the same with three quarters of the memory that is free when the step begins, less the gradients
-              that have yet to be allocated: on the device of the modules and inputs, the fullest if there are several;
-              on a CPU (Linux) what the system has available and this process's control groups leave.
+            - ``"auto"``: the same with three quarters of the memory that is free when the step begins, less gradients
+              yet to be allocated: on the device of the modules and inputs, the fullest if there are several; on a CPU
+              (Linux) what the system has available and this process's control groups leave.
         offload: kept graphs wait in (pinned) host memory and not on their device. A size then counts host memory.
 
     An input is a tensor (``model(x)``), a list or tuple (``model(*x)``), a mapping (``model(**x)``) or a tuple of a

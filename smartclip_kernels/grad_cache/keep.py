@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 AUTO_SHARE = 0.75
 """Of the free memory; the rest is for the loss, for one chunk's gradients, and for what an allocator cannot use."""
@@ -78,7 +80,7 @@ class Graphs:
         self.chunks, self.bytes, self.full = 0, 0, False
         self._hooked = limit.bytes is not None or offload
         # Address -> bytes. An address may be reused by something larger: the most is counted, so never too few.
-        self._counted = dict(_storage(x) for x in outside) if self._hooked else {}
+        self._counted = dict(chain.from_iterable(map(_storages, outside))) if self._hooked else {}
         self._of_this_chunk: list[Saved] = []
 
     @property
@@ -102,15 +104,14 @@ class Graphs:
         if self.full:
             return None
         saved = x.detach()  # an operation's output would hold the operation, which holds it: nobody would free either
-        address, size = _storage(x)
-        is_parameter = isinstance(x if x._base is None else x._base, nn.Parameter)
-        if self.offload and not is_parameter and address not in self._counted and not _is_on_host(x):
-            saved, new = _copy_to_host(saved), x.nbytes
-        elif is_parameter:
-            new = 0
-        else:
-            new = max(0, size - self._counted.get(address, 0))
-            self._counted[address] = max(size, self._counted.get(address, 0))
+        new = 0
+        if not isinstance(x if x._base is None else x._base, nn.Parameter):
+            sizes = {address: size for address, size in _storages(x) if size > self._counted.get(address, 0)}
+            if self.offload and sizes and not _is_on_host(x):
+                saved, new = _copy_to_host(saved), x.nbytes
+            else:
+                new = sum(size - self._counted.get(address, 0) for address, size in sizes.items())
+                self._counted |= sizes
         if self.limit.bytes is not None and self.bytes + new > self.limit.bytes:
             self.full = True
             for one in self._of_this_chunk:
@@ -131,16 +132,19 @@ def _unpack(saved: Saved) -> Tensor:
     return saved.tensor.to(saved.device, non_blocking=True)
 
 
-def _storage(x: Tensor) -> tuple[int, int]:
-    """Address and bytes of what keeping a tensor keeps alive; a sparse one is taken for dense."""
-    if x.layout is not torch.strided:
-        return id(x), x.numel() * x.element_size()
-    storage = x.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+def _storages(x: Any) -> Iterator[tuple[int, int]]:
+    """Addresses and bytes of what keeping a tensor keeps alive; a sparse one is taken for dense."""
+    if is_traceable_wrapper_subclass(x):  # such as DTensor
+        for inner in (getattr(x, name) for name in x.__tensor_flatten__()[0]):
+            yield from _storages(inner) if isinstance(inner, Tensor) else ()
+    elif x.layout is torch.strided:
+        yield x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+    else:
+        yield id(x), x.numel() * x.element_size()
 
 
 def _is_on_host(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" or is_traceable_wrapper_subclass(x)  # the latter stays where it is
 
 
 def _copy_to_host(x: Tensor) -> Tensor:
