@@ -340,7 +340,6 @@ class GradCache:
                     with state.replay():
                         reps = self.get_reps(model, self.model_call(model, chunk))
                 _backward(reps, {key: parts[i] for key, parts in first.gradients.items()})
-                del reps  # its graph, which would live on while the next chunk is encoded
 
     def _graphs(self, inputs: Sequence[Sequence[Any]]) -> Graphs:
         """This step's budget."""
