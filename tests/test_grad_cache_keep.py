@@ -357,6 +357,9 @@ def test_what_is_counted() -> None:
             outputs.append((y.exp() * weight[0, 0], y))  # saves exp's output (2, 5), twice
         assert not graphs.full
     assert graphs.bytes == 4 * (25 + 2 * (10 + 10))
+    with graphs.record(False):
+        assert (x @ weight).exp().requires_grad  # only looked at: nothing is saved
+    assert graphs.bytes == 4 * (25 + 2 * (10 + 10))
     with graphs.record(True):
         first = (x @ weight).exp()
         z = first
