@@ -26,7 +26,7 @@ import smartclip_kernels as sk
 from bench import memory, report
 from bench.rows import Figure
 
-BATCH, CHUNKS, ROUNDS = 64, 8, 5
+BATCH, CHUNKS, ROUNDS = 128, 8, 5
 VISION = {"layers": 4, "width": 192, "head_width": 64, "image_size": 64, "patch_size": 8}
 TEXT = {"context_length": 65, "vocab_size": 1000, "width": 192, "heads": 3, "layers": 4}  # as long as an image
 PLAIN = "no caching"
