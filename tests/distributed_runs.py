@@ -278,3 +278,48 @@ def _end_at_visit(last: int) -> None:
         return arguments(call, *where)
 
     Call.arguments = until_the_end  # type: ignore[assignment, method-assign]
+
+
+def beside_open_clip(group: dist.ProcessGroup, loss: str, flags: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:
+    """Ours and theirs: this rank's loss, and all gradients of a model after DDP's averaging."""
+    import open_clip.loss
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    generator = torch.Generator().manual_seed(rank)
+    x, y = (torch.randn(5, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    found = []
+    for make in (getattr(sk, loss), getattr(open_clip.loss, loss)):
+        towers = Towers(torch.float64)
+        model = nn.parallel.DistributedDataParallel(towers, process_group=group, find_unused_parameters=True)
+        image, text, _, scale, bias = model(x, y)
+        value = make(rank=rank, world_size=size, **flags)(image, text, scale, bias)
+        value.backward()
+        grads = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
+        found.append({"loss": value.detach()} | grads)
+    return [(name, value, found[1][name]) for name, value in found[0].items()]
+
+
+def products(group: dist.ProcessGroup, n: int, d: int) -> list[dict[str, float]]:
+    """Operations of matrix products and bytes sent in one step of this rank: of ours, gather and ring, of open_clip's."""
+    import open_clip.loss
+
+    from bench.distributed import sent_bytes
+
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    flags: dict[str, Any] = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": size}
+    image, text = (torch.randn(n // size, d, requires_grad=True) for _ in range(2))
+    found = []
+    for module in (
+        sk.ClipLoss(**flags),
+        sk.ClipLoss(**flags, strategy="ring"),
+        open_clip.loss.ClipLoss(**flags),
+    ):
+        with sent_bytes() as sizes, torch.profiler.profile(record_shapes=True) as profile:
+            module(image, text, torch.tensor(2.0)).backward()
+        operations = 0.0
+        for event in profile.events():
+            if event.name in ("aten::mm", "aten::addmm_"):
+                a, b = event.input_shapes[:2] if event.name == "aten::mm" else event.input_shapes[1:3]
+                operations += 2.0 * a[0] * a[1] * b[1]
+        found.append({"operations": operations, "bytes": float(sum(sizes))})
+    return found

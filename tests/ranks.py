@@ -28,7 +28,7 @@ class Ranks:
 
     def __init__(self, size: int, store: Path, timeout: float = 60) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.distributed_runs"])  # torch is imported once
+        context.set_forkserver_preload(["tests.distributed_runs", "open_clip.loss"])  # imported once
         self.size, self.pipes, self.processes = size, [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -169,6 +169,8 @@ CASES: dict[str, Case] = {
         ValueError,
         ["objective", "'hinge'", "'softmax'", "'sigmoid'"],
     ),
+    "unknown strategy": (LOSSES, {"strategy": "tree"}, ValueError, ["strategy", "'tree'", "'gather'", "'ring'"]),
+    "no process group": (LOSSES, {"group": object()}, RuntimeError, ["group", "not initialised", "init_process_group"]),
     "unknown backend": (ALL, {"backend": "tpu"}, ValueError, ["backend", "'tpu'", "'cpu'", "'reference'"]),
     "backend is no name": (ALL, {"backend": 1}, ValueError, ["backend", "1", "'cpu'"]),
     "backend is empty": (ALL, {"backend": ""}, ValueError, ["backend", "''", "'cpu'"]),

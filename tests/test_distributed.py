@@ -12,6 +12,7 @@ from torch import Tensor
 
 import smartclip_kernels as sk
 from smartclip_kernels import reference, testing
+from smartclip_kernels.distributed.exchange import HEADER_BYTES
 from tests import distributed_runs as runs
 from tests.distributed_runs import Options
 from tests.ranks import Ranks
@@ -317,3 +318,41 @@ def test_a_module_over_a_group(ranks: Ranks) -> None:
     torch.testing.assert_close(sum(loss for loss, _ in found) / 2, true.detach())
     (grad,) = torch.autograd.grad(true, wanted["mask"])
     torch.testing.assert_close(torch.cat([g for _, g in found]) / 2, grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("gather_with_grad", [False, True])
+@pytest.mark.parametrize("local_loss", [False, True])
+def test_clip_loss_does_what_open_clips_does(ranks: Ranks, local_loss: bool, gather_with_grad: bool) -> None:
+    """Values on every rank, and what DDP makes of the gradients, right or not (PEERS.md)."""
+    flags = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+    for found in ranks.run(runs.beside_open_clip, "ClipLoss", flags):
+        assert {"loss", "image.weight", "text.weight", "log_scale"} <= {name for name, *_ in found}
+        for name, mine, theirs in found:
+            # The softmax's bias gradient is 0 in truth and rounding noise in open_clip.
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13 if name == "bias" else 1e-15, msg=name)
+
+
+@pytest.mark.parametrize("dist_impl", ["bidir", "shift", "reduce", "gather"])
+def test_siglip_loss_does_what_open_clips_does(ranks: Ranks, dist_impl: str) -> None:
+    for found in ranks.run(runs.beside_open_clip, "SigLipLoss", {"dist_impl": dist_impl}):
+        assert {"loss", "image.weight", "text.weight", "log_scale", "bias"} <= {name for name, *_ in found}
+        for name, mine, theirs in found:
+            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_products_and_bytes(ranks: Ranks) -> None:
+    """8NMD / W operations where scores are made twice, open_clip 12; at most 55 % of its bytes at D = 512."""
+    n, d = 256, 512
+    unit = n * n * d / ranks.size
+    ranks.run(runs.set_workspace, 0.01)
+    try:
+        for gather, ring, open_clip in ranks.run(runs.products, n, d):
+            assert gather["operations"] == ring["operations"] == 8 * unit
+            assert open_clip["operations"] == 12 * unit
+            headers = 2 * HEADER_BYTES * (ranks.size - 1)
+            features = n * d * 4 * (ranks.size - 1) / ranks.size
+            assert open_clip["bytes"] == 4 * features
+            assert gather["bytes"] - headers <= 0.55 * open_clip["bytes"]
+            assert ring["bytes"] - headers <= 0.8 * open_clip["bytes"]
+    finally:
+        ranks.run(runs.set_workspace, None)

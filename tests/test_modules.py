@@ -138,9 +138,10 @@ def test_smartclip_loss_takes_a_bool_mask() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ClipLoss(world_size=2), "world_size, rank: got 2, 0, needs 1, 0"),
-        (lambda: SigLipLoss(rank=1, world_size=4), "world_size, rank: got 4, 1, needs 1, 0"),
-        (lambda: SmartClipLoss(world_size=2), "world_size"),
+        (lambda: ClipLoss(rank=2, world_size=2), "rank, world_size: got 2, 2, needs 0 <= rank < world_size"),
+        (lambda: SigLipLoss(rank=1), "rank, world_size: got 1, 1, needs 0 <= rank"),
+        (lambda: SmartClipLoss(rank=-1, world_size=2), "rank, world_size: got -1, 2"),
+        (lambda: ClipLoss(strategy="tree"), "strategy: got 'tree', needs one of 'gather', 'ring'"),  # type: ignore[arg-type]
         (lambda: SigLipLoss(dist_impl="tree"), "dist_impl: got 'tree', needs one of"),
         (lambda: SmartClipLoss("triplet"), "objective: got 'triplet', needs one of"),  # type: ignore[arg-type]
         (lambda: SmartClipLoss(sparsity_weight=-1.0), "sparsity_weight: got -1.0"),
