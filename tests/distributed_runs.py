@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smartclip_kernels as sk
-from smartclip_kernels.distributed.loss import Call
+from smartclip_kernels.distributed.call import Call
 from smartclip_kernels.testing import Inputs, make_inputs
 
 
@@ -300,7 +300,7 @@ def beside_open_clip(group: dist.ProcessGroup, loss: str, flags: dict[str, Any])
 
 
 def products(group: dist.ProcessGroup, n: int, d: int) -> list[dict[str, float]]:
-    """Operations of matrix products and bytes sent in one step of this rank: of ours, gather and ring, of open_clip's."""
+    """Operations of matrix products and bytes sent in one step of a rank: of ours, gather and ring, and open_clip's."""
     import open_clip.loss
 
     from bench.distributed import sent_bytes

@@ -14,20 +14,24 @@ Visit = Callable[[slice, Tensors], Tensors]
 
 
 class Strategy(Protocol):
-    def sweep(self, block: Tensors, visit: Visit) -> Tensors:
+    def prepare(self, block: Tensors) -> Tensors:
+        """What sweeps begin with, from own rows."""
+
+    def sweep(self, blocks: Tensors, visit: Visit) -> Tensors:
         """Every rank's rows pass `visit` once. Returns the sums over ranks of own rows' gradients."""
 
 
 class Gather:
-    """All at once: O(M·D) memory. The rows stay for the next sweep."""
+    """All at once: O(M·D) memory, for both sweeps."""
 
     def __init__(self, exchange: Exchange, rows: Sequence[int]) -> None:
         self.exchange, self.rows = exchange, rows
-        self.whole: Tensors = ()
 
-    def sweep(self, block: Tensors, visit: Visit) -> Tensors:
-        self.whole = self.whole or self.exchange.gather(block, self.rows)
-        return self.exchange.sum_home(visit(slice(0, sum(self.rows)), self.whole), self.rows)
+    def prepare(self, block: Tensors) -> Tensors:
+        return self.exchange.gather(block, self.rows)
+
+    def sweep(self, blocks: Tensors, visit: Visit) -> Tensors:
+        return self.exchange.sum_home(visit(slice(0, sum(self.rows)), blocks), self.rows)
 
 
 class Ring:
@@ -40,22 +44,25 @@ class Ring:
         self.exchange, self.rows = exchange, rows
         self.starts = [0, *accumulate(rows)]
 
-    def sweep(self, block: Tensors, visit: Visit) -> Tensors:
+    def prepare(self, block: Tensors) -> Tensors:
+        return block
+
+    def sweep(self, blocks: Tensors, visit: Visit) -> Tensors:
         exchange, size = self.exchange, self.exchange.size
         at_home: Tensors = ()
         following: Pending | None = None
         for visited in range(size):
             owner = (exchange.who - visited) % size
             next_rows = self.rows[(owner - 1) % size]
-            coming = exchange.shift(block, next_rows) if visited < size - 1 else None
-            grads = visit(slice(self.starts[owner], self.starts[owner + 1]), block)
+            coming = exchange.shift(blocks, next_rows) if visited < size - 1 else None
+            grads = visit(slice(self.starts[owner], self.starts[owner + 1]), blocks)
             if visited == 0:
                 at_home = grads
             elif grads:
                 grads = grads if following is None else _sums(grads, following.wait())
                 following = exchange.shift(grads, next_rows)
             if coming is not None:
-                block = coming.wait()
+                blocks = coming.wait()
         return at_home if following is None else _sums(at_home, following.wait())
 
 
