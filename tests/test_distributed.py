@@ -87,8 +87,9 @@ def check(
     rows: list[int],
     columns: list[int],
     options: Options = Options(),  # noqa: B008
+    evaluate: Any = runs.evaluate,
 ) -> None:
-    found = [x[0] for x in ranks.run(runs.evaluate, whole, rows, columns, options, among=len(rows))]
+    found = [x[0] for x in ranks.run(evaluate, whole, rows, columns, options, among=len(rows))]
     got, true = together(found), expected(whole, rows, columns, options)
     assert got.keys() == true.keys()
     for name, value in true.items():
@@ -239,6 +240,16 @@ def test_same_bits(ranks: Ranks, similarity: Any, objective: str, strategy: str)
     for first, *others in ranks.run(runs.evaluate, whole, rows, rows, Options(strategy), 3, among=3):
         for other in others:
             assert all(torch.equal(other[name], value) for name, value in first.items())
+
+
+@every
+@objectives
+@strategies
+def test_nccls_way(ranks: Ranks, similarity: Any, objective: str, strategy: str) -> None:
+    """Over gloo: what is only for NCCL is at least the same mathematics."""
+    for rows in ([4, 4, 4], UNEVEN[3]):
+        whole = batch(rows, rows, similarity=similarity, objective=objective)
+        check(ranks, whole, rows, rows, Options(strategy), runs.evaluate_as_with_nccl)
 
 
 @strategies
