@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, cast
 from unittest import mock
@@ -262,7 +264,7 @@ def lose_one(group: dist.ProcessGroup, when: str, objective: str, strategy: str)
         elif when == "hang":
             time.sleep(3600)
         visits = {"forward": 1, "backward": 2 if strategy == "gather" else 1 + dist.get_world_size(group)}
-        _end_at_visit(visits[when])
+        _at_visit(visits[when], partial(os.kill, os.getpid(), signal.SIGKILL))
     try:
         distributed_loss(x, group, Options(strategy)).backward()
     except RuntimeError as error:
@@ -270,16 +272,33 @@ def lose_one(group: dist.ProcessGroup, when: str, objective: str, strategy: str)
     return "nothing was raised"
 
 
-def _end_at_visit(last: int) -> None:
-    """This process is killed when it is about to score a block for the last of so many times."""
+def fail_in_one(group: dist.ProcessGroup, when: str, objective: str, strategy: str) -> str:
+    """Rank 1 runs out of memory in the middle of a step, and lives on."""
+    x, _ = leaves(make_inputs(4, d=8, objective=objective))
+    if dist.get_rank(group) == 1:
+        visits = {"forward": 1, "backward": 2 if strategy == "gather" else 1 + dist.get_world_size(group)}
+        _at_visit(visits[when], _no_memory)
+    try:
+        distributed_loss(x, group, Options(strategy)).backward()
+    except (RuntimeError, MemoryError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def _no_memory() -> None:
+    raise MemoryError("not enough")
+
+
+def _at_visit(last: int, action: Callable[[], None]) -> None:
+    """In this process, `action` is what becomes of the last of so many blocks that are about to be scored."""
     arguments, visits = Call.arguments, iter(range(1, last))
 
-    def until_the_end(call: Call, *where: Any) -> Any:
+    def until_then(call: Call, *where: Any) -> Any:
         if next(visits, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            action()
         return arguments(call, *where)
 
-    Call.arguments = until_the_end  # type: ignore[assignment, method-assign]
+    Call.arguments = until_then  # type: ignore[assignment, method-assign]
 
 
 def beside_open_clip(group: dist.ProcessGroup, loss: str, flags: dict[str, Any]) -> list[tuple[str, Tensor, Tensor]]:

@@ -17,8 +17,8 @@ from tests import distributed_runs as runs
 from tests.distributed_runs import Options
 from tests.ranks import Ranks
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Relative to the largest element; of half precision, what rounding a gradient twice may do."""
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-6}
+"""By the scores' dtype, relative to the largest element."""
 STRATEGIES = ("gather", "ring")
 UNEVEN = {1: [9], 2: [3, 8], 3: [5, 1, 7], 4: [2, 6, 1, 5]}
 TEXTS = {1: [13], 2: [9, 4], 3: [2, 8, 4], 4: [7, 1, 3, 5]}
@@ -99,12 +99,12 @@ def check(
             continue
         if name.startswith("grad_") and "logit" not in name:
             assert all(x[name].dtype == whole.leaves[name.removeprefix("grad_")].dtype for x in found)
-        is_loss = name.startswith("loss") and whole.dtype.itemsize == 2
-        tolerance = TOLERANCES[
-            torch.float32 if is_loss or ("logit" in name and whole.dtype.itemsize == 2) else whole.dtype
-        ]
-        error = (mine - value).abs().max() / value.abs().max()
-        assert error <= tolerance, f"{name}: {error:.3g} > {tolerance:.3g}"
+        allowed = TOLERANCES[reference.compute_dtype(whole.dtype)] * value.abs().max()
+        if whole.dtype.itemsize == 2 and name in ("grad_image", "grad_text", "grad_mask"):
+            # Rounded once, after all ranks' parts are added up.
+            allowed = allowed + torch.finfo(whole.dtype).eps / 2 * value.abs()
+        error = (mine - value).abs() / allowed
+        assert error.max() <= 1, f"{name}: {error.max():.3g} × what is allowed"
 
 
 def batch(rows: list[int], columns: list[int], **options: Any) -> testing.Inputs:

@@ -83,6 +83,17 @@ def test_a_rank_that_dies(start: Start, when: str, objective: str, strategy: str
         assert "rank 1 closed the connection" in outcome, outcome
 
 
+@pytest.mark.parametrize(
+    ("when", "objective", "strategy", "size"),
+    [("forward", "softmax", "ring", 4), ("backward", "softmax", "gather", 3), ("forward", "sigmoid", "gather", 3)],
+)
+def test_a_rank_that_fails_alone(start: Start, when: str, objective: str, strategy: str, size: int) -> None:
+    outcomes = start(size, 10 * processes.PATIENCE).outcomes(runs.fail_in_one, when, objective, strategy)
+    assert outcomes.pop(1) == "MemoryError: not enough"
+    for outcome in outcomes:
+        assert f"the first report: rank 1 failed in {when} of call 1: MemoryError: not enough" in outcome, outcome
+
+
 def test_a_rank_that_hangs(start: Start) -> None:
     """The others end with the group's timeout. Only rank 1 is named."""
     pool = start(3, 4)

@@ -8,8 +8,8 @@ its own for whole towers, which cross between machines less often.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -26,6 +26,10 @@ _GRACE = timedelta(seconds=1)
 """For the other ranks, once one has let the group's timeout pass."""
 
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+class LostRankError(RuntimeError):
+    """Ranks that this one waited for are gone."""
 
 
 class Message(NamedTuple):
@@ -64,7 +68,7 @@ class Exchange:
             RuntimeError: ranks differ; it names them and what each has.
         """
         step = f"{when} of call {self.call}"
-        failed = None if error is None else f"{type(error).__name__}: {error}"[: HEADER_BYTES // 4]
+        failed = None if error is None else _text(error)
         text = json.dumps({"step": step, "Error": failed} | ({} if error else has), ensure_ascii=False).encode()
         # Without a backend for the CPU, messages go by the GPUs, which waits for them.
         device = "cpu" if "cpu" in self.backends else "cuda"
@@ -168,23 +172,39 @@ class Exchange:
                 pending.lost.setdefault(rank, error)
         return pending
 
-    def lost(self, ranks: dict[int, RuntimeError], what: str) -> RuntimeError:
-        """The error of ranks that are gone. The first report of the group is the cause of all later ones.
+    @contextmanager
+    def reported(self, when: str) -> Iterator[None]:
+        """Once all ranks have agreed, what one fails of is to end the others, too, which wait for it."""
+        try:
+            yield
+        except LostRankError:
+            raise
+        except Exception as error:
+            self._report(f"{self.name([self.who])} failed in {when} of call {self.call}: {_text(error)}")
+            raise
 
-        Then hangs up on everyone: a rank that waits for this one is to end, too, though it may not wait for the lost.
-        """
+    def lost(self, ranks: dict[int, RuntimeError], what: str) -> LostRankError:
+        """The error of ranks that are gone."""
         late = [rank for rank, error in ranks.items() if _timed_out(error)]
         gone = [rank for rank in ranks if rank not in late]
         parts = [f"{self.name(gone)} closed the connection"] if gone else []
         parts += [f"{self.name(late)} did not answer within the group's timeout"] if late else []
         report = f"{' and '.join(parts)} ({self.name([self.who])} was {what}, call {self.call})"
+        first = self._report(report)
+        return LostRankError(report if first == report else f"{report}; the first report: {first}")
+
+    def _report(self, report: str) -> str:
+        """The group's first report, which is the cause of all later ones.
+
+        Then hangs up on everyone: a rank that waits for this one is to end, too, though it may not wait for the lost.
+        """
         try:
-            first = self.group.get_group_store().compare_set(LOST, "", report).decode()
+            first: str = self.group.get_group_store().compare_set(LOST, "", report).decode()
         except RuntimeError as error:
             first = f"unknown, the group's store is gone, too: {str(error).splitlines()[0]}"
         if "cpu" in self.backends:
             self._hang_up()
-        return RuntimeError(report if first == report else f"{report}; the first report: {first}")
+        return first
 
     def _hang_up(self) -> None:
         """Gloo closes all connections of a process that does not get what it waits for in time."""
@@ -246,6 +266,10 @@ def group_of(group: object) -> dist.ProcessGroup:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}, needs a torch.distributed.ProcessGroup")
     return group
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[: HEADER_BYTES // 4]
 
 
 def _timed_out(error: RuntimeError) -> bool:

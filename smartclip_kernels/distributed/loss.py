@@ -67,7 +67,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor) -> Any:
-        with torch.no_grad():
+        ctx.call.exchange.agree("backward", {})
+        with torch.no_grad(), ctx.call.exchange.reported("backward"):
             grads = _Loss.gradients(ctx, *weights)
         return None, *_first_order(grads, (*weights, *ctx.saved_tensors))
 
@@ -76,7 +77,6 @@ class _Loss(torch.autograd.Function):
         call: Call = ctx.call
         inputs, (own, travelling, *rest) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         kept, blocks = dict(zip(ctx.starts, rest, strict=False)), tuple(rest[len(ctx.starts) :])
-        call.exchange.agree("backward", {})
         own_weight, travelling_weight = call.sides(*weights[:2])
         if travelling.shape[1]:
             message = torch.cat([travelling, travelling_weight[None]]).T
@@ -119,17 +119,18 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> Any:
-        with torch.no_grad():
-            grads = _LossSum.gradients(ctx, weight)
+        theirs = ctx.call.exchange.agree("backward", {"Weight": float(weight).hex()})
+        equal = all(it["Weight"] == theirs[0]["Weight"] for it in theirs)
+        with torch.no_grad(), ctx.call.exchange.reported("backward"):
+            grads = _LossSum.gradients(ctx, weight, equal)
         return None, *_first_order(grads, (weight, *ctx.saved_tensors))
 
     @staticmethod
-    def gradients(ctx: Any, weight: Tensor) -> list[Tensor | None]:
+    def gradients(ctx: Any, weight: Tensor, equal: bool) -> list[Tensor | None]:
         call: Call = ctx.call
         inputs = ctx.saved_tensors  # raises where they were changed since, or are gone
         grads, ctx.grads = ctx.grads, None  # scaled in place: for one backward pass
-        theirs = call.exchange.agree("backward", {"Weight": float(weight).hex()})
-        if grads is None or any(it["Weight"] != theirs[0]["Weight"] for it in theirs):
+        if grads is None or not equal:
             # Sums over ranks are there for equal weights only, which a mean over ranks has.
             own, home = _one_sweep(call, inputs, weight)[1:]
         else:
@@ -197,35 +198,40 @@ def loss(
         error = failure
     everyone = exchange.agree("forward", has, error)
     problem = Problem(*arguments[:-2])
-    rows = [it["Images"] for it in everyone], [it["Texts"] for it in everyone]
-    # The lighter side: a masked text is as wide as two images.
-    image_travels = sum(rows[0]) < sum(rows[1]) * (1 if problem.mask is None else 2)
-    inputs = problem.inputs()
-    call = Call(
-        exchange,
-        STRATEGIES[strategy](exchange, rows[0 if image_travels else 1]),
-        needed_gradients(*inputs),
-        semantics,
-        rows,
-        image_travels,
-        _ids(problem, exchange, rows, image_travels),
-        problem.image_ids is not None,
-        problem.objective,
-        problem.label_smoothing,
-        backend.name,
-        arguments[-1] or backends.workspace_bytes(device),
-    )
+    workspace = arguments[-1] or backends.workspace_bytes(device)
+    with exchange.reported("forward"):
+        rows = [it["Images"] for it in everyone], [it["Texts"] for it in everyone]
+        # The lighter side: a masked text is as wide as two images.
+        image_travels = sum(rows[0]) < sum(rows[1]) * (1 if problem.mask is None else 2)
+        call = Call(
+            exchange,
+            STRATEGIES[strategy](exchange, rows[0 if image_travels else 1]),
+            needed_gradients(*problem.inputs()),
+            semantics,
+            rows,
+            image_travels,
+            _ids(problem, exchange, rows, image_travels),
+            problem.image_ids is not None,
+            problem.objective,
+            problem.label_smoothing,
+            backend.name,
+            workspace,
+        )
+        return _result(call, problem.inputs(), reduction)
+
+
+def _result(call: Call, inputs: Inputs, reduction: str) -> Any:
     if reduction != "none" and not call.traits.needs_statistics:
         share = _LossSum.apply(call, *inputs)
         if reduction == "mean":
-            share = share / sum(rows[0])
+            share = share / sum(call.rows[0])
     else:
         *losses, row_positives, column_positives = _Loss.apply(call, *inputs)
         if reduction == "none":
             return tuple(losses) if call.traits.both_sides else losses[0]
         share = _share(call, reduction, losses, (row_positives, column_positives))
-    value = exchange.size * share
-    return _SameValue.apply(value, exchange) if semantics.same_value else value
+    value = call.exchange.size * share
+    return _SameValue.apply(value, call.exchange) if call.semantics.same_value else value
 
 
 def mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:
