@@ -56,7 +56,7 @@ def clip_loss(
             Every rank calls, and goes backward, in the same order. See below. Default: this process is all there is.
         strategy: how texts reach the other ranks (the lighter side does: images, where there are fewer of them).
             "gather": all at once, O(M·D) memory; "ring": from rank to rank, the next block in flight while this one is
-            scored, O(M·D / ranks) memory; it sends features twice. Both are deterministic; their last bits differ.
+            scored, O(M·D / ranks) memory, and a softmax's features twice. Both are deterministic; last bits differ.
         backend: one of `available_backends()`; default: what `use_backend` or the device says.
 
     Returns:
@@ -171,6 +171,7 @@ def smartclip_loss(
         mask: (M, D), the text's mask over the image's dimensions: bool, hard (0 or 1) or soft ([0, 1]), in any floating
             dtype. Gradients flow to a floating mask.
         objective: "softmax" (`clip_loss`) or "sigmoid" (`siglip_loss`); the other arguments and the result are theirs.
+            With `group` images go to the other ranks, or, with more than twice as many images, texts and their masks.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `clip_loss`.

@@ -269,7 +269,7 @@ def group_of(group: object) -> dist.ProcessGroup:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[: HEADER_BYTES // 4]
+    return f"{type(error).__name__}: {error}"[: HEADER_BYTES // 6]
 
 
 def _timed_out(error: RuntimeError) -> bool:
