@@ -12,7 +12,7 @@ An objective without statistics makes loss and gradients in one sweep; its sums 
 
 from smartclip_kernels.distributed.call import EXACT, Semantics
 from smartclip_kernels.distributed.exchange import group_of
-from smartclip_kernels.distributed.loss import loss, mean
+from smartclip_kernels.distributed.losses import loss, mean
 from smartclip_kernels.distributed.strategies import STRATEGIES
 
 __all__ = ["EXACT", "STRATEGIES", "Semantics", "group_of", "loss", "mean"]
