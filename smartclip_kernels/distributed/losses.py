@@ -81,7 +81,8 @@ class _Loss(torch.autograd.Function):
         if travelling.shape[1]:
             message = torch.cat([travelling, travelling_weight[None]]).T
             (whole,) = call.exchange.gather((message,), call.travelling_rows)
-            travelling, travelling_weight = whole.T[:-1], whole.T[-1]
+            whole = whole.T.contiguous()
+            travelling, travelling_weight = whole[:-1], whole[-1]
         sums: dict[int, Tensor] = {}
 
         def visit(window: slice, block: Tensors) -> Tensors:
