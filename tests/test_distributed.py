@@ -16,6 +16,7 @@ from smartclip_kernels.distributed.exchange import HEADER_BYTES
 from tests import distributed_runs as runs
 from tests.distributed_runs import Options
 from tests.ranks import Ranks
+from tests.simulated import SIMULATED
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-6}
 """By the scores' dtype, relative to the largest element."""
@@ -240,6 +241,23 @@ def test_same_bits(ranks: Ranks, similarity: Any, objective: str, strategy: str)
     for first, *others in ranks.run(runs.evaluate, whole, rows, rows, Options(strategy), 3, among=3):
         for other in others:
             assert all(torch.equal(other[name], value) for name, value in first.items())
+
+
+@pytest.mark.parametrize("simulated", [name for name in SIMULATED if name in sk.available_backends()])
+@pytest.mark.parametrize(
+    ("similarity", "objective", "strategy"), [("dot", "softmax", "ring"), ("masked_cosine", "softmax", "gather")]
+)
+def test_a_gpus_backends(ranks: Ranks, simulated: str, similarity: Any, objective: str, strategy: str) -> None:
+    """Their states merge, their gradients stay unrounded until all are added up; G is rounded to half precision."""
+    rows, options = [4, 7], Options(strategy, backend=simulated)
+    whole = batch(rows, rows, similarity=similarity, objective=objective, dtype=torch.bfloat16, mask="hard")
+    found = [x[0] for x in ranks.run(runs.evaluate, whole, rows, rows, options, among=2)]
+    got, true = together(found), expected(whole, rows, rows, options)
+    assert got.pop("grad_logit_bias") == true.pop("grad_logit_bias").round() == 0
+    for name, value in true.items():
+        tolerance = 2.0**-7 if name in ("grad_image", "grad_text", "grad_mask") else 1e-5
+        error = (got[name].reshape(value.shape) - value).abs().max()
+        assert error <= tolerance * value.abs().max(), name
 
 
 @every
