@@ -1,0 +1,44 @@
+"""Small models and made data, so that nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, CONTEXT, IMAGE = 64, 9, 16
+
+
+def open_clip_model(kind: str = "clip", seed: int = 0, **options: Any) -> nn.Module:
+    """open_clip's CLIP ("clip"), the same with a logit bias ("siglip"), with a separate text tower, or CoCa."""
+    from open_clip.coca_model import CoCa, MultimodalCfg
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+
+    torch.manual_seed(seed)
+    vision: Any = CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=IMAGE)
+    text: Any = CLIPTextCfg(context_length=CONTEXT, vocab_size=VOCABULARY, width=32, heads=2, layers=1)
+    options = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, **options}
+    if kind == "coca":
+        vision.attentional_pool, text.embed_cls, text.output_tokens = True, True, True
+        vision.attn_pooler_queries, vision.attn_pooler_heads, vision.output_tokens = 4, 2, True
+        text.context_length = CONTEXT - 1
+        decoder = MultimodalCfg(context_length=CONTEXT - 1, vocab_size=VOCABULARY, width=32, heads=2, layers=1)
+        coca = CoCa(multimodal_cfg=decoder, **(options | {"embed_dim": 32}))
+        for x in coca.parameters():  # open_clip leaves some as it finds the memory
+            if x.dim():
+                nn.init.normal_(x, std=0.1)
+        return coca
+    if kind == "custom_text":
+        return CustomTextCLIP(output_dict=True, **options)
+    return CLIP(output_dict=True, init_logit_bias=-10 if kind == "siglip" else None, **options)
+
+
+def pairs(count: int, seed: int = 0, context: int = CONTEXT) -> tuple[Tensor, Tensor]:
+    """Images and token ids; every text ends with the largest token, which is where CLIP reads it, and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, IMAGE, IMAGE, generator=generator)
+    tokens = torch.randint(1, VOCABULARY - 1, (count, context), generator=generator)
+    end = torch.randint(2, context, (count, 1), generator=generator)
+    at = torch.arange(context)
+    return images, torch.where(at < end, tokens, torch.where(at == end, VOCABULARY - 1, 0))
