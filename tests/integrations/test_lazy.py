@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Run
 
-PACKAGES = {"open_clip": "open_clip"}
+PACKAGES = {"open_clip": "open_clip", "transformers": "transformers"}
 
 
 @pytest.mark.parametrize(("package", "extra"), PACKAGES.items())

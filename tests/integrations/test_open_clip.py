@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from smartclip_kernels.integrations import open_clip as fast
 from tests.conftest import Run
 from tests.integrations.tiny import CONTEXT, open_clip_model, pairs
+from tests.integrations.watch import Largest
 
 N, D = 37, 24
 ORIGINALS = {name: getattr(theirs, name) for name in ("ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss")}
@@ -179,19 +180,6 @@ def test_distillation_has_no_second_derivative() -> None:
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
-
-
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor):
-                self.elements = max(self.elements, x.numel())
-        return result
 
 
 @names

@@ -42,3 +42,36 @@ def pairs(count: int, seed: int = 0, context: int = CONTEXT) -> tuple[Tensor, Te
     end = torch.randint(2, context, (count, 1), generator=generator)
     at = torch.arange(context)
     return images, torch.where(at < end, tokens, torch.where(at == end, VOCABULARY - 1, 0))
+
+
+def transformers_config(kind: str) -> Any:
+    """Of a CLIP ("clip"), a SigLIP ("siglip") or a SigLIP 2 ("siglip2")."""
+    import transformers
+
+    layer = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {**layer, "vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "projection_size": 24}
+    tokens = {"bos_token_id": 1, "eos_token_id": VOCABULARY - 1, "pad_token_id": 0}
+    vision = {**layer, "image_size": IMAGE, "patch_size": 8, "projection_dim": 24}
+    if kind == "clip":
+        return transformers.CLIPConfig(
+            text_config={**text, **tokens, "projection_dim": 24}, vision_config=vision, projection_dim=24
+        )
+    text["projection_size"] = 32
+    if kind == "siglip":
+        return transformers.SiglipConfig(text_config={**text, **tokens}, vision_config=vision)
+    vision = {**vision, "num_patches": 4}
+    return transformers.Siglip2Config(text_config={**text, **tokens}, vision_config=vision)
+
+
+def transformers_batch(kind: str, count: int, seed: int = 0) -> dict[str, Tensor]:
+    """What the models of `transformers_config` take."""
+    images, tokens = pairs(count, seed)
+    batch = {"input_ids": tokens, "attention_mask": (tokens > 0).long(), "pixel_values": images}
+    if kind == "siglip2":  # patches, of images of any shape
+        patches = images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(count, 4, 192)
+        batch |= {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(count, 4, dtype=torch.long),
+            "spatial_shapes": torch.full((count, 2), 2),
+        }
+    return batch
