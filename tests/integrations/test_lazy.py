@@ -10,7 +10,11 @@ import pytest
 
 from tests.conftest import Run
 
-PACKAGES = {"open_clip": "open_clip", "transformers": "transformers"}
+PACKAGES = {
+    "open_clip": "open_clip",
+    "transformers": "transformers",
+    "sentence_transformers": "sentence-transformers",
+}
 
 
 @pytest.mark.parametrize(("package", "extra"), PACKAGES.items())

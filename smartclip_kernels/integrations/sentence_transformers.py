@@ -1,0 +1,152 @@
+"""sentence-transformers' in-batch ranking losses, fused: the same constructors, import them from here.
+
+::
+
+    from smartclip_kernels.integrations.sentence_transformers import CachedMultipleNegativesRankingLoss
+
+    trainer = SentenceTransformerTrainer(model, train_dataset=data, loss=CachedMultipleNegativesRankingLoss(model))
+
+The classes derive from sentence-transformers': constructor, configuration, embedding, gradient caching and gathering
+are its own, what becomes of the embeddings is `sk.clip_loss`. No score is held, so the cached loss needs no
+mini-batches for that stage.
+
+With q_i a query, d_i its document and s the scaled similarities, a loss is a combination of softmaxes of an anchor over
+its candidates, each less s(q_i, d_i), which is a candidate of both:
+
+- A_i = log Σ e^s(q_i, ·) − s(q_i, d_i), over all documents, and with "query_to_query" over the other queries
+- B_i = log Σ e^s(d_i, ·) − s(q_i, d_i), over all queries, and with "doc_to_doc" over the other queries' documents
+
+"joint" is log(e^A_i + e^B_i), "per_direction" ½(A_i + B_i), and A_i where only queries are anchors. What does not fit
+is refused with a `ValueError`: "doc_to_doc" without "doc_to_query" (B_i has no s(q_i, d_i)), hardness weights (two
+scales in one softmax), similarities other than cosine and dot product.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import smartclip_kernels as sk
+from smartclip_kernels.integrations import require
+
+require("sentence_transformers", "6.0", "sentence-transformers")
+
+from sentence_transformers import util  # noqa: E402
+from sentence_transformers.sentence_transformer import losses as theirs  # noqa: E402
+
+
+class MultipleNegativesRankingLoss(theirs.MultipleNegativesRankingLoss):
+    """``sentence_transformers.losses.MultipleNegativesRankingLoss``, fused.
+
+    Raises:
+        ValueError: an option has no fused form; the message names it.
+    """
+
+    @wraps(theirs.MultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check(self)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """Queries (N, D), their documents (N, D), and any number of columns of hard negatives (N, D) -> 0-D loss."""
+        if len(embeddings) < 2:
+            raise ValueError(f"embeddings: got {len(embeddings)} columns, needs at least 2, queries and documents")
+        return _ranking_loss(self, embeddings[0], embeddings[1:])
+
+
+class CachedMultipleNegativesRankingLoss(theirs.CachedMultipleNegativesRankingLoss):
+    """``sentence_transformers.losses.CachedMultipleNegativesRankingLoss``, fused.
+
+    Raises:
+        ValueError: an option has no fused form; the message names it.
+    """
+
+    @wraps(theirs.CachedMultipleNegativesRankingLoss.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check(self)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Columns of embeddings in mini-batches -> 0-D loss, detached and differentiated where `with_backward`."""
+        queries, *documents = (torch.cat(column) for column in reps)
+        loss = _ranking_loss(self, queries, documents)
+        if not with_backward:
+            return loss
+        loss.backward()
+        return loss.detach()
+
+
+def _check(loss: Any) -> None:
+    """Refuses what has no fused form. Options may change after construction, so each step asks."""
+    if "doc_to_doc" in loss.directions and "doc_to_query" not in loss.directions:
+        raise ValueError(
+            f"directions: got {loss.directions}, needs 'doc_to_query' beside 'doc_to_doc': without it a document's "
+            "softmax has no positive, and no fused form"
+        )
+    if loss.hardness_mode is not None and loss.hardness_strength > 0:
+        raise ValueError(
+            f"hardness_mode: got {loss.hardness_mode!r} with hardness_strength {loss.hardness_strength}, needs None: "
+            "negatives with a scale of their own have no fused form"
+        )
+    _normalises(loss)
+
+
+def _normalises(loss: Any) -> bool:
+    """True for the cosine, False for the dot product, which the model's own similarity may be, too."""
+    function = loss.similarity_fct
+    if function == getattr(loss.model, "similarity", None):
+        function = util.SimilarityFunction.to_similarity_fn(loss.model.similarity_fn_name)
+    if function not in (util.cos_sim, util.pytorch_cos_sim, util.dot_score):
+        raise ValueError(f"similarity_fct: got {util.similarity_fct_name(function)}, needs util.cos_sim or dot_score")
+    return function is not util.dot_score
+
+
+def _ranking_loss(loss: Any, queries: Tensor, documents: list[Tensor]) -> Tensor:
+    _check(loss)
+    if _normalises(loss):
+        queries, *documents = (F.normalize(x, dim=-1) for x in (queries, *documents))
+    count, first = len(queries), 0
+    if loss.gather_across_devices:
+        queries, *documents = (util.all_gather_with_grad(x) for x in (queries, *documents))
+        first = util.get_rank() * count
+    own = slice(first, first + count)
+    pair = torch.arange(len(queries), device=queries.device)
+    nobody = torch.full_like(pair, -1)
+    # Candidates, whose they are, and whom they are kept from.
+    answers = [(documents[0], pair, nobody), *((x, nobody, nobody) for x in documents[1:])]
+    if "query_to_query" in loss.directions:
+        answers.append((queries, nobody, pair))
+    a, documents_against_queries = _softmaxes(queries[own], answers, pair[own], loss.scale)
+    if "doc_to_query" not in loss.directions:
+        return a.mean()
+    if set(loss.directions) == {"query_to_doc", "doc_to_query"} and len(queries) == count:
+        b = documents_against_queries[:count]  # the same scores, by columns
+    else:
+        questions = [(queries, pair, nobody)]
+        if "doc_to_doc" in loss.directions:
+            questions += [(x, nobody, pair) for x in documents]
+        b, _ = _softmaxes(documents[0][own], questions, pair[own], loss.scale)
+    return (torch.logaddexp(a, b) if loss.partition_mode == "joint" else (a + b) / 2).mean()
+
+
+def _softmaxes(
+    anchors: Tensor, candidates: list[tuple[Tensor, Tensor, Tensor]], ids: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """log Σ e^s − s(positive) of every anchor, and of every candidate that is somebody's positive."""
+    features, of_candidates, ignored = (torch.cat(x) for x in zip(*candidates, strict=True))
+    rows, columns = sk.clip_loss(
+        anchors,
+        features,
+        scale,
+        image_ids=ids,
+        text_ids=of_candidates,
+        ignore_ids=(ids, ignored),
+        reduction="none",
+    )
+    return rows, columns
