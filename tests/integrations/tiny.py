@@ -10,8 +10,9 @@ from torch import Tensor, nn
 VOCABULARY, CONTEXT, IMAGE = 64, 9, 16
 
 
-def open_clip_model(kind: str = "clip", seed: int = 0, **options: Any) -> nn.Module:
-    """open_clip's CLIP ("clip"), the same with a logit bias ("siglip"), with a separate text tower, or CoCa."""
+def open_clip_model(kind: str = "clip", seed: int = 0, **options: Any) -> Any:
+    """open_clip's CLIP ("clip"), the same with a logit bias ("siglip"), with a text tower of its own ("custom_text") or
+    of Hugging Face ("hugging_face"), or CoCa ("coca")."""
     from open_clip.coca_model import CoCa, MultimodalCfg
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
@@ -29,8 +30,16 @@ def open_clip_model(kind: str = "clip", seed: int = 0, **options: Any) -> nn.Mod
             if x.dim():
                 nn.init.normal_(x, std=0.1)
         return coca
-    if kind == "custom_text":
-        return CustomTextCLIP(output_dict=True, **options)
+    if kind in ("custom_text", "hugging_face"):
+        model = CustomTextCLIP(output_dict=True, **options)
+        if kind == "hugging_face":
+            from open_clip.hf_model import HFTextEncoder
+            from transformers import RobertaConfig
+
+            sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+            config = RobertaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes)
+            model.text = HFTextEncoder("", 24, config, pooler_type="mean_pooler", proj_type="linear")
+        return model
     return CLIP(output_dict=True, init_logit_bias=-10 if kind == "siglip" else None, **options)
 
 
