@@ -61,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     ahead.add_argument("--cuda", action="store_true", help="the CUDA kernels in the installed module, not Triton's")
     ahead.add_argument("--out", type=Path, metavar="REPORT.md", help="default: the terminal")
     ahead.add_argument("--quick", action="store_true", help="sm_90 and bfloat16 alone")
+    drop_in = commands.add_parser("drop-in", help="training steps of other codebases, as shipped and with the drop-ins")
+    drop_in.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
+    drop_in.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
+    drop_in.add_argument(
+        "--out", type=Path, nargs="?", const=RESULTS, default=ROOT / "build" / "bench", help="as cpu's"
+    )
     tune = commands.add_parser("tune", help="measure sizes of Triton's blocks on this GPU, rewrite their table")
     tune.add_argument("--arch", metavar="sm_NN", help="whose sizes are rewritten; default: this GPU's")
     tune.add_argument("--seconds", type=float, default=200, help="no kernel is begun later (default: 200)")
@@ -217,6 +223,12 @@ def main(argv: list[str]) -> int:
         from bench import ahead  # needs triton
 
         return ahead.main(arguments.out, arguments.quick)
+    if arguments.command == "drop-in":
+        from bench import drop_in  # the codebases are imported case by case
+
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        return drop_in.main(arguments.out, arguments.quick)
     if arguments.command == "tune":
         from bench import tune  # needs triton
 
