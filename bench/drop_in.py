@@ -205,7 +205,7 @@ def main(out: Path, quick: bool) -> int:
     console, about = Console(width=160, log_path=False), report.environment()
     for package in ("sentence-transformers", "transformers"):
         about["versions"][package] = report.version(package)
-    cases, rounds = ([replace(case, n=64, d=32) for case in CASES[::2]], 1) if quick else (CASES, 7)
+    cases, rounds = ([replace(case, n=64, d=32) for case in CASES[::2]], 1) if quick else (CASES, 5)
     rows: list[Row] = []
     for case in cases:
         for row in run_case(case, rounds):

@@ -4,7 +4,7 @@
     python examples/train_transformers.py
 
 The model is small and the pairs are made, so that it runs anywhere in seconds. A model of the hub is
-``CLIPModel.from_pretrained(name)``; one that somebody else loads is converted by `fuse(model)`.
+``CLIPModel.from_pretrained(name)``; one that somebody else loads is converted by `patch(model)`.
 """
 
 import tempfile

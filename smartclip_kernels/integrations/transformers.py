@@ -7,7 +7,7 @@
     model = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
     loss = model(**inputs, return_loss=True).loss
 
-    fuse(model)  # the same for a model that somebody else made (AutoModel, peft's base model)
+    patch(model)  # the same for a model that somebody else made (AutoModel, peft's base model)
 
 The classes derive from transformers': the same parameters, `state_dict` and files, so what is saved is read by either.
 With `return_loss=True` the N×M logits are not made; ``return_logits=True`` asks for them beside the loss. Without a
@@ -143,7 +143,7 @@ _PAIRS: dict[type, type] = {
 }
 
 
-def fuse(model: Any) -> Any:
+def patch(model: Any) -> Any:
     """Convert a model in place, by its class; parameters, hooks and everything else stay. A fused one stays as it is.
 
     Returns:
@@ -151,16 +151,16 @@ def fuse(model: Any) -> Any:
 
     Raises:
         TypeError: its class is none of transformers' three: one that derives from them may have a forward of its own.
-        ValueError: its forward was replaced (accelerate does for a device map): fuse the model before.
+        ValueError: its forward was replaced (accelerate does for a device map): patch the model before.
     """
     return _convert(model, _PAIRS)
 
 
-def unfuse(model: Any) -> Any:
+def unpatch(model: Any) -> Any:
     """Give a model its own class of transformers back, in place.
 
     Raises:
-        TypeError, ValueError: as `fuse`.
+        TypeError, ValueError: as `patch`.
     """
     return _convert(model, {ours: original for original, ours in _PAIRS.items()})
 
@@ -173,6 +173,6 @@ def _convert(model: Any, classes: dict[type, type]) -> Any:
         needs = ", ".join(f"{x.__module__.partition('.')[0]}.{x.__name__}" for x in classes)
         raise TypeError(f"model: got {kind.__module__}.{kind.__qualname__}, needs one of {needs}")
     if "forward" in vars(model):
-        raise ValueError("model: got one whose forward was replaced, needs the class's own: convert it before that")
+        raise ValueError("model: got one whose forward was replaced, needs the class's own: patch it before that")
     model.__class__ = classes[kind]
     return model

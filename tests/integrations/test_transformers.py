@@ -118,32 +118,32 @@ class Fixed(torch.nn.Module):
 
 
 @kinds
-def test_fuse_converts_a_model_in_place(kind: str) -> None:
+def test_patch_converts_a_model_in_place(kind: str) -> None:
     model = make(kind, transformers)
     before = {name: x.data_ptr() for name, x in model.state_dict().items()}
     batch = transformers_batch(kind, 5)
     expected = model(**batch, return_loss=True).loss
-    assert fast.fuse(fast.fuse(model)) is model
+    assert fast.patch(fast.patch(model)) is model
     assert type(model) is getattr(fast, KINDS[kind])
     assert isinstance(model, getattr(transformers, KINDS[kind]))
     output = model(**batch, return_loss=True)
     assert output.logits_per_image is None
     torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-6)
     assert {name: x.data_ptr() for name, x in model.state_dict().items()} == before
-    assert type(fast.unfuse(model)) is getattr(transformers, KINDS[kind])
+    assert type(fast.unpatch(model)) is getattr(transformers, KINDS[kind])
     assert model(**batch, return_loss=True).logits_per_image is not None
 
 
-def test_fuse_refuses_what_it_would_not_change() -> None:
+def test_patch_refuses_what_it_would_not_change() -> None:
     class Mine(transformers.CLIPModel):
         pass
 
     with pytest.raises(TypeError, match=r"model: got .*Mine, needs one of transformers.CLIPModel"):
-        fast.fuse(Mine(transformers_config("clip")))
+        fast.patch(Mine(transformers_config("clip")))
     model = make("clip", transformers)
     model.forward = model.forward
     with pytest.raises(ValueError, match="forward was replaced"):
-        fast.fuse(model)
+        fast.patch(model)
 
 
 @kinds
