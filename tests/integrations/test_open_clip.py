@@ -415,26 +415,39 @@ from torch import distributed, multiprocessing
 from open_clip import loss as theirs
 from smartclip_kernels.integrations import open_clip as fast
 
+def gradients(loss, inputs, *more):
+    losses = loss(*inputs, *more, output_dict=True)
+    return [*losses.values(), *torch.autograd.grad(sum(losses.values()), inputs)]
+
 def work(rank, store):
     distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
     torch.manual_seed(rank)
     features = [torch.randn(7, d, dtype=torch.float64) for d in (5, 5, 6, 6)]
     inputs = [x.requires_grad_() for x in (*features[:2], torch.tensor(2.0, dtype=torch.float64))]
+    ranks = {"rank": rank, "world_size": 2}
+    bias = torch.tensor(-1.0, dtype=torch.float64).requires_grad_()
     for flags in ((False, False), (False, True), (True, False), (True, True)):
-        found = []
-        for kind in (fast.DistillClipLoss, theirs.DistillClipLoss):
-            loss = kind(*flags)
-            loss.rank, loss.world_size = rank, 2
-            contrastive, distill = loss(*inputs, *features[2:], 1.5)
-            found.append([contrastive, distill, *torch.autograd.grad(contrastive + 2 * distill, inputs)])
-        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+        distill, clip = ([], [])
+        for where in (fast, theirs):
+            distill.append(gradients(where.DistillClipLoss(*flags, **ranks), inputs, *features[2:], 1.5))
+            clip.append(gradients(where.ClipLoss(*flags, **ranks), inputs))
+            distributed.all_reduce(clip[-1][-1])  # the scale's: of one rank it is another share
+        torch.testing.assert_close(*distill, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(clip[0][1:], clip[1][1:], rtol=1e-10, atol=1e-12)
+    for how in ("bidir", "shift", "reduce", "gather"):
+        siglip = [gradients(where.SigLipLoss(dist_impl=how, **ranks), [*inputs, bias]) for where in (fast, theirs)]
+        for found in siglip:
+            found[0] = found[0].detach().clone()
+            for x in (found[0], *found[-2:]):
+                distributed.all_reduce(x)
+        torch.testing.assert_close(*siglip, rtol=1e-10, atol=1e-12)
     distributed.destroy_process_group()
 
 multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
-def test_distillation_over_two_ranks(tmp_path: Path, run_python: Run) -> None:
-    """All flags of open_clip, with its own gathering: the same losses and gradients on each rank."""
+def test_two_ranks(tmp_path: Path, run_python: Run) -> None:
+    """All flags of open_clip: each rank's losses and gradients, sums of what ranks share in another way."""
     done = run_python(TWO_RANKS, str(tmp_path / "store"), timeout=120, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
