@@ -43,7 +43,7 @@ class Case:
 
 
 CASES = tuple(
-    Case(codebase, loss, n)
+    Case(codebase, loss, n, 128 if loss == "SiglipModel" else 512)  # whose towers are as wide as the embedding
     for codebase, losses in {
         "open_clip": ("ClipLoss", "SigLipLoss", "DistillClipLoss"),
         "transformers": ("CLIPModel", "SiglipModel"),
@@ -121,7 +121,7 @@ def _transformers(case: Case, fused: bool) -> tuple[nn.Module, Callable[[], Tens
 
     layer = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 1}
     siglip = case.loss == "SiglipModel"
-    if siglip:  # whose vision tower projects nothing: it is as wide as the embedding
+    if siglip:
         layer |= {"hidden_size": case.d, "intermediate_size": 64}
     text = {**layer, "vocab_size": WORDS, "max_position_embeddings": TOKENS, "eos_token_id": WORDS - 1}
     vision = {**layer, "image_size": SIZE, "patch_size": 16}

@@ -20,6 +20,7 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smartclip_kernels.integrations import distillation
 from smartclip_kernels.integrations import open_clip as fast
 from tests.conftest import Run
 from tests.integrations.tiny import CONTEXT, open_clip_model, pairs
@@ -122,9 +123,11 @@ def test_coca_without_a_contrastive_term() -> None:
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("megabytes", [None, 0.003])
+@pytest.mark.parametrize(("megabytes", "columns"), [(None, 2048), (0.003, 2048), (0.003, 8), (0.0005, 2048)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distillation_tile_by_tile(megabytes: float | None, dtype: torch.dtype, set_workspace: Any) -> None:
+def test_distillation_tile_by_tile(
+    megabytes: float | None, columns: int, dtype: torch.dtype, set_workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against float64 on the same numbers, tiles that divide nothing evenly, a teacher surer than its student."""
     out = {name: x.detach().to(dtype) for name, x in model_out("DistillClipLoss").items()}
     out["dist_logit_scale"] = torch.tensor(100.0)
@@ -133,6 +136,7 @@ def test_distillation_tile_by_tile(megabytes: float | None, dtype: torch.dtype, 
     exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in out.items()}
     expected = ORIGINALS["DistillClipLoss"]()(**exact, output_dict=True)
     set_workspace(megabytes)
+    monkeypatch.setattr(distillation, "_COLUMNS", columns)
     got = fast.DistillClipLoss()(**out, output_dict=True)
     for key, value in expected.items():
         assert got[key].dtype == torch.float32

@@ -154,10 +154,17 @@ def test_what_has_no_fused_form_is_refused(name: str, model: Any) -> None:
             make(model, hardness_mode=mode, hardness_strength=5.0)
     with pytest.raises(ValueError, match="similarity_fct: got euclidean_sim"):
         make(model, similarity_fct=euclidean_sim)
-    loss = make(model)  # whose options change afterwards
-    loss.similarity_fct = euclidean_sim
-    with pytest.raises(ValueError, match="similarity_fct: got euclidean_sim"):
-        loss(features(model, 3, 0), None)
+    changes: list[dict[str, Any]] = [
+        {"similarity_fct": euclidean_sim},
+        {"hardness_mode": "all_negatives", "hardness_strength": 1.0},
+        {"directions": ("query_to_doc", "doc_to_doc")},
+    ]
+    for options in changes:  # after construction
+        loss = make(model)
+        for option, value in options.items():
+            setattr(loss, option, value)
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
+            loss(features(model, 3, 0), None)
 
 
 def test_the_models_own_similarity(model: Any) -> None:

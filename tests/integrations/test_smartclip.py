@@ -186,6 +186,7 @@ def test_images_alone_get_no_mask_of_an_earlier_call() -> None:
     model = attach_mask_head(open_clip_model())
     image, text = pairs(3)
     model.encode_text(text)
+    assert model.mask_head.watch.states is None  # nor is one kept alive
     encode_text_with_mask(model, text)
     assert "text_mask" not in model(image=image)
     assert model(text=text)["text_mask"].shape == (3, 24)
