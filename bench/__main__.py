@@ -1,6 +1,7 @@
 """``python -m bench``: measure on the CPU; ``distributed``: over processes; ``gpu``: on a GPU; ``tune``: find the best
 sizes of Triton's blocks on it; ``report``: what kernels take of each GPU, without one; ``caching``: what gradient
-caching costs and saves on the CPU; ``readme RESULTS.json``: a table into the README."""
+caching costs and saves on the CPU; ``drop-in``: training steps of other codebases, as shipped and with the drop-ins;
+``readme RESULTS.json``: a table into the README."""
 
 from __future__ import annotations
 
