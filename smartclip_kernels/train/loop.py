@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,31 +18,46 @@ from torch import Tensor, nn
 
 import smartclip_kernels as sk
 from smartclip_kernels.grad_cache import GradCache
-from smartclip_kernels.train import checkpoint, report
+from smartclip_kernels.train import checkpoint, ranks, report
 from smartclip_kernels.train.batches import Batch, batches
 from smartclip_kernels.train.captions import DRAWS
 from smartclip_kernels.train.config import Config
 from smartclip_kernels.train.data import Source, UnreadableImageError, open_source
 from smartclip_kernels.train.evaluation import Embedder, evaluate
 from smartclip_kernels.train.model import ImageTower, Model, build, tokenizer_for
+from smartclip_kernels.train.ranks import Ranks
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is no number; the message says where, and what is left."""
+class StoppedError(RuntimeError):
+    """A run that cannot go on; the message says at which step, why, and what is left."""
+
+
+class NonFiniteError(StoppedError):
+    """The loss or its gradient is no number; the batch is written down."""
 
 
 def train(config: Config, *, quiet: bool = False) -> dict[str, float]:
-    """Trains, evaluates and draws; returns the metrics, which are also in the run's folder."""
-    out = prepare_folder(config)
+    """Trains, evaluates and draws; returns the metrics, which are also in the run's folder.
+
+    Under torchrun, or in an initialised process group, all ranks train; rank 0 does the rest, the others return {}.
+    """
+    config = dataclasses.replace(config, device=ranks.device_of_rank(config.device))
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = Run(config, out)
-    with report.Progress(config, out, run.step, quiet=quiet) as progress:
-        for batch in batches(run.source, config, run.step):
-            started = time.perf_counter()
-            progress.step(run.train_step(batch), len(batch.records), time.perf_counter() - started, batch.problems)
-            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
-                run.save()
+    with ranks.start(config.device) as us:
+        out = us.from_first(lambda: prepare_folder(config))
+        run = Run(config, out, us)
+        shown = report.Progress(config, out, run.step, quiet=quiet) if us.first else None
+        with shown or nullcontext(), run.what_is_left():
+            for batch in batches(run.source, config, run.step, us):
+                started = time.perf_counter()
+                numbers = run.train_step(batch)
+                if shown:
+                    shown.step(numbers, batch.n_images, time.perf_counter() - started, batch.problems)
+                    if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                        run.save()
+    if not us.first:
+        return {}
     embedder = Embedder(run.model, run.tokenize, run.source, config.device)
     metrics = evaluate(embedder) if run.source.records["eval"] else {}
     report.finish(config, out, embedder, metrics, quiet=quiet)
@@ -51,54 +68,71 @@ def prepare_folder(config: Config) -> Path:
     """The run's folder, with its configuration; refuses to mix two runs."""
     out = config.out or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.objective}-{config.captions}"
     out.mkdir(parents=True, exist_ok=True)
-    theirs, wanted = out / "config.json", config.as_dict()
     if checkpoint.steps(out / "checkpoints"):
         if not config.resume:
             raise FileExistsError(f"out: {out} holds a run; go on with it by --resume, or name another folder")
-        before = json.loads(theirs.read_text())
-        free = {"resume", "out", "device", "threads"}
-        differ = [f"{k}={before.get(k)}" for k in wanted if k not in free and before.get(k) != wanted[k]]
-        if differ:
-            raise ValueError(f"resume: {out} was started with other settings: {', '.join(differ)}")
-    theirs.write_text(json.dumps(wanted, indent=1))
+    else:
+        checkpoint.replace(out / "config.json", json.dumps(config.as_dict(), indent=1))
     return out
 
 
 class Run:
     """All that training changes: model, optimiser and step. All else is a function of configuration and step."""
 
-    def __init__(self, config: Config, out: Path) -> None:
+    def __init__(self, config: Config, out: Path, us: Ranks | None = None) -> None:
         self.config, self.out, self.step = config, out, 0
+        self.us = us or Ranks()
         self.checkpoints = out / "checkpoints"
+        found = self.us.from_first(self.find)
         self.source = open_source(config.data)
-        if not self.source.records["train"]:
+        train = self.source.records["train"]
+        if not train:
             raise ValueError(f"data.source: {config.data.source} has no image to train on")
         self.seed_step(-1)
-        captions = [r.captions for r in self.source.records["train"]]
-        tokenizer = tokenizer_for(config.model, [c.whole() for c in captions] + [s for c in captions for s in c.short])
+        tokenizer = tokenizer_for(
+            config.model, (text for r in train for text in (r.captions.whole(), *r.captions.short))
+        )
         masks = config.mask if config.objective == "smartclip" else None
         self.model, self.tokenize = build(config.model, masks, config.data.image_size, DRAWS, tokenizer)
-        tokenizer.save(str(out / "tokenizer.json"))
+        if self.us.first:
+            tokenizer.save(str(out / "tokenizer.json"))
         self.model.to(config.device, torch.float64 if config.precision == "float64" else torch.float32)
         self.optimizer = optimizer_for(self.model, config)
-        self.scaler = torch.amp.GradScaler(config.device, enabled=config.precision == "float16")
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=config.precision == "float16")
         self.cache = GradCache(
             [self.model.image] + [self.model.text] * DRAWS, config.chunk_size, self.loss, scaler=self.scaler
         )
-        if found := checkpoint.newest(self.checkpoints):
+        if found:
             self.load(found)
         elif isinstance(tower := self.model.image.tower, ImageTower):
             tower.patches.look_at(sample(self.source, 512))
+        self.us.share_state(self.model)
 
-    def loss(self, image: Tensor, *texts_and_masks: Tensor | None, ids: list[Tensor]) -> Tensor:
-        """The sum over an image's captions of the objective's loss, in (text, mask) pairs."""
+    def find(self) -> checkpoint.Checkpoint | None:
+        """The checkpoint to go on from, which has to be this configuration's."""
+        found = checkpoint.newest(self.checkpoints)
+        if found and (differ := self.config.differences(found.state["config"])):
+            raise ValueError(f"resume: {found.path} was made with other settings: {', '.join(differ)}")
+        return found
+
+    def loss(
+        self, image: Tensor, *texts_and_masks: Tensor | None, ids: list[Tensor], image_ids: Tensor, share: float
+    ) -> Tensor:
+        """The sum over an image's captions of the objective's loss, in (text, mask) pairs.
+
+        ids: of each caption, equal for what is alike. An image that the batch holds twice, `image_ids` tell, is neither
+        positive nor negative for the other one's caption. share: this rank's images over the ranks' mean.
+        """
         config = self.config
         total = torch.zeros((), dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
+        common: dict[str, Any] = {"ignore_ids": (image_ids, image_ids), "backend": config.loss_backend}
+        if self.us.group is not None:
+            common |= {"group": self.us.group, "strategy": config.strategy}
         for k in range(DRAWS):
             text, mask = texts_and_masks[2 * k : 2 * k + 2]
             assert text is not None  # only masks may be missing
             scale, bias = self.model.log_scale[k].exp(), self.model.bias[k]
-            pairs: dict[str, Any] = {"image_ids": ids[k], "text_ids": ids[k], "backend": config.loss_backend}
+            pairs = {"image_ids": ids[k], "text_ids": ids[k], **common}
             if config.objective == "clip":
                 total = total + sk.clip_loss(image, text, scale, **pairs)
             elif config.objective == "siglip":
@@ -106,7 +140,7 @@ class Run:
             else:
                 assert mask is not None  # a smartclip model has a head
                 total = total + sk.smartclip_loss(image, text, mask, scale, **pairs)
-                total = total + config.mask.sparsity * mask.mean(dtype=total.dtype)
+                total = total + share * config.mask.sparsity * mask.mean(dtype=total.dtype)
         return total
 
     def train_step(self, batch: Batch) -> dict[str, float]:
@@ -124,8 +158,13 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss = self.cache.cache_step(
-                batch.images.to(config.device), *texts, ids=[ids.to(config.device) for ids in batch.ids]
+                batch.images.to(config.device),
+                *texts,
+                ids=[ids.to(config.device) for ids in batch.ids],
+                image_ids=batch.image_ids.to(config.device),
+                share=len(batch.records) * self.us.world / batch.n_images,
             )
+        loss = self.us.average_gradients(list(self.model.parameters()), loss)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         # The scaler of float16 skips steps of overflown gradients by itself.
@@ -139,27 +178,54 @@ class Run:
         return {"step": self.step, "loss": loss.item(), "lr": rate, "gradient norm": norm.item(), **scales}
 
     def seed_step(self, step: int) -> None:
-        """Random numbers (of dropout, of a mask head that explores) are a function of seed and step."""
-        torch.manual_seed(self.config.seed * 1_000_003 + step + 1)
+        """Random numbers (of dropout, of a mask head that explores) are a function of seed, step and, where ranks have
+        started from the same weights, rank."""
+        rank = self.us.rank if step >= 0 else 0
+        torch.manual_seed(self.config.seed * 1_000_003 + step + 1 + rank * 1_000_000_007)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision in ("bfloat16", "float16"):
-            return torch.autocast(self.config.device, dtype=getattr(torch, self.config.precision))
+            return torch.autocast(self.device_type, dtype=getattr(torch, self.config.precision))
         return nullcontext()
 
+    @property
+    def device_type(self) -> str:
+        return torch.device(self.config.device).type
+
     def stop(self, batch: Batch, loss: float, norm: float) -> None:
-        """Writes the batch down and gives up."""
+        """Writes the batch down, of all ranks, and gives up."""
         path = self.out / f"non-finite-step-{self.step}.json"
-        rows = [[r.key, *texts] for r, *texts in zip(batch.records, *batch.texts, strict=True)]
-        path.write_text(json.dumps({"step": self.step, "loss": loss, "gradient norm": norm, "batch": rows}, indent=1))
-        last = checkpoint.steps(self.checkpoints)
-        good = self.checkpoints / f"step-{last[-1]:08d}" if last else "none yet"
+        own = [[r.key, *texts] for r, *texts in zip(batch.records, *batch.texts, strict=True)]
+        rows = [row for rows in self.us.gather(own) for row in rows]
+        if self.us.first:
+            said = {"step": self.step, "loss": loss, "gradient norm": norm, "batch": rows}
+            path.write_text(json.dumps(said, indent=1))
         raise NonFiniteError(
-            f"step {self.step}: loss {loss}, gradient norm {norm}. The batch is in {path}; last good checkpoint: {good}"
+            f"step {self.step}: loss {loss}, gradient norm {norm}. The batch is in {path}; {self.last_good()}"
         )
 
+    @contextmanager
+    def what_is_left(self) -> Iterator[None]:
+        """A full disk or a dead reader ends the run with the step and the last good checkpoint named."""
+        try:
+            yield
+        except OSError as error:
+            raise StoppedError(f"step {self.step}: {error}, in {self.out}; {self.last_good()}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise StoppedError(f"step {self.step}: {error} Or fewer --data.workers; {self.last_good()}") from error
+
+    def last_good(self) -> str:
+        last = checkpoint.steps(self.checkpoints)
+        return f"last good checkpoint: {self.checkpoints / f'step-{last[-1]:08d}' if last else 'none yet'}"
+
     def save(self) -> Path:
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "config": self.config.as_dict(),
+        }
         return checkpoint.save(self.checkpoints, self.step, self.model, state)
 
     def load(self, found: checkpoint.Checkpoint) -> None:
