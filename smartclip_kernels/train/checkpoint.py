@@ -57,15 +57,18 @@ def save(folder: Path, step: int, model: nn.Module, state: Mapping[str, Any]) ->
             return path
         aside.mkdir()
         save_file({name: x.detach().contiguous() for name, x in model.state_dict().items()}, aside / WEIGHTS)
-        torch.save(dict(state), aside / STATE)
+        with (aside / STATE).open("wb") as file:
+            torch.save(dict(state), file)
         (aside / SUMS).write_text("".join(f"{sha256(aside / name)}  {name}\n" for name in (WEIGHTS, STATE)))
-        for file in (*aside.iterdir(), aside):
-            flush(file)
+        for written in (*aside.iterdir(), aside):
+            flush(written)
         aside.rename(path)
         flush(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)  # whoever makes room should find it
-        raise OSError(f"{path} cannot be written: {error}") from error
+        # torch covers the error of a full disk with one of its own.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} cannot be written: {reason}") from error
     for old in steps(folder)[:-KEEP]:
         (folder / f"step-{old:08d}").rename(dropped)  # first out of the way: half a checkpoint must not look like one
         shutil.rmtree(dropped)

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from smartclip_kernels.train.batches import batches
 from smartclip_kernels.train.config import Config
 from smartclip_kernels.train.loop import NonFiniteError, Run, learning_rate, prepare_folder, train
 from smartclip_kernels.train.report import read_metrics
+from tests.train.processes import options
 
 Configure = Callable[..., Config]
 
@@ -108,18 +108,15 @@ def test_resumed_equals_uninterrupted(config: Configure, tmp_path: Path) -> None
     assert same(weights(whole), weights(stopped))
 
 
-@pytest.mark.parametrize(
-    "killed_after", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
-)
-def test_killed_and_resumed_equals_uninterrupted(config: Configure, tmp_path: Path, killed_after: int) -> None:
-    """SIGKILL once so many steps are logged, then the same command again."""
+def test_the_command_line_killed_and_resumed(config: Configure, tmp_path: Path) -> None:
+    """SIGKILL once a step is logged, then the same command again: as uninterrupted. test_kills.py has other moments."""
     whole = config(out=tmp_path / "whole")
     train(whole, quiet=True)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "smartclip_kernels.train", *options(whole), "--out", str(out), "--resume"]
+    command = [sys.executable, "-m", "smartclip_kernels.train", *options(config(out=out, resume=True))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < killed_after:
+    while process.poll() is None and not read_metrics(out / "metrics.jsonl"):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() in (-signal.SIGKILL, 0)
@@ -127,21 +124,6 @@ def test_killed_and_resumed_equals_uninterrupted(config: Configure, tmp_path: Pa
     assert same(weights(whole), weights(config(out=out)))
     steps = [line["step"] for line in read_metrics(out / "metrics.jsonl")]
     assert steps == list(range(1, 7))
-
-
-def options(config: Config, prefix: str = "--") -> list[str]:
-    """The command line that makes this configuration."""
-    words: list[str] = []
-    for field in dataclasses.fields(config):
-        value: Any = getattr(config, field.name)
-        name = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            words += options(value, f"{name}.")  # type: ignore[arg-type]
-        elif isinstance(value, bool):
-            words += [name if value else f"{prefix}no-{field.name.replace('_', '-')}"]
-        elif field.name != "out":
-            words += [name, str(value)]
-    return words
 
 
 def test_two_runs_do_not_mix(config: Configure) -> None:
