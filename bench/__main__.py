@@ -1,5 +1,6 @@
-"""``python -m bench``: measure on the CPU; ``gpu``: on a GPU; ``tune``: find the best sizes of Triton's blocks on it;
-``report``: what kernels take of each GPU, without one; ``readme RESULTS.json``: a table into the README."""
+"""``python -m bench``: measure on the CPU; ``distributed``: over processes; ``gpu``: on a GPU; ``tune``: find the best
+sizes of Triton's blocks on it; ``report``: what kernels take of each GPU, without one; ``readme RESULTS.json``: a table
+into the README."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import cuda_ahead, measure, readme, report, worker
+from bench import cuda_ahead, distributed, measure, readme, report, worker
 from bench.cases import CPU_BARS, LOSS_NAMES, Bar, Case, cpu_cases, quick_cases
 from bench.gpu_cases import GPU_BARS, gpu_cases, gpu_quick_cases
 from bench.peers import OURS, REPLAYED
@@ -30,10 +31,10 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True)
     cpu = commands.add_parser("cpu", help="measure the CPU backend against its peers (the default)")
     gpu = commands.add_parser("gpu", help="measure the backends of a GPU against their peers")
-    for measuring in (cpu, gpu):
+    over = commands.add_parser("distributed", help="measure losses over two processes on this CPU against open_clip's")
+    over.add_argument("--rounds", type=int, default=7, metavar="R", help="default: 7")
+    for measuring in (cpu, gpu, over):
         measuring.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
-        measuring.add_argument("--only", nargs="+", choices=tuple(LOSS_NAMES.values()), help="these losses alone")
-        measuring.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
         measuring.add_argument(
             "--out",
             type=Path,
@@ -42,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
             default=ROOT / "build" / "bench",
             help=f"write to OUT/<device>/; without a value {RESULTS.relative_to(ROOT)}, without the option build/bench",
         )
+    for measuring in (cpu, gpu):
+        measuring.add_argument("--only", nargs="+", choices=tuple(LOSS_NAMES.values()), help="these losses alone")
+        measuring.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
     cpu.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
     gpu.add_argument("--seconds", type=float, default=270, help="no case begins later (default: 270)")
     gpu.add_argument("--backend", nargs="+", metavar="NAME", help="default: those that run on the device")
@@ -165,6 +169,31 @@ def run_gpu(arguments: argparse.Namespace) -> int:
     return finish(rows, bars, about, directory, console)
 
 
+def run_distributed(arguments: argparse.Namespace) -> int:
+    console = console_of()
+    about = report.environment() | {"threads": 1}
+    directory = arguments.out / report.slug(about["device"])
+    rows: list[distributed.Row] = []
+    for of_case in distributed.run(distributed.QUICK if arguments.quick else distributed.CASES, arguments.rounds):
+        rows += of_case
+        for row in of_case:
+            console.log(
+                f"  {row.loss} N={row.n} in {row.processes} processes, {row.subject}: "
+                f"{report.milliseconds(row.total_ms)} ms, {report.cell(row.times_ours, '.2f')} × ours, "
+                f"{row.sent_bytes / 2**20:.1f} MiB sent ({row.sent_percent:.1f} %), {row.status}",
+                highlight=False,
+                markup=False,
+            )
+    judged = [] if arguments.quick else distributed.verdicts(rows)
+    distributed.write(directory, rows, about, judged)
+    for it in judged:
+        console.print(
+            f"{it['loss']}: {it['measured']:.2f} {it['what']}, bar: {it['bar']}: {'met' if it['met'] else 'MISSED'}"
+        )
+    console.print(f"written: distributed.csv, distributed.json in {directory}")
+    return 0 if all(row.status == "ok" for row in rows if row.subject != distributed.PEER) else 1
+
+
 def main(argv: list[str]) -> int:
     asked_for_help = argv[:1] in (["-h"], ["--help"])
     takes_default = not asked_for_help and (not argv or argv[0].startswith("-"))
@@ -182,7 +211,7 @@ def main(argv: list[str]) -> int:
         from bench import tune  # needs triton
 
         return tune.main(arguments.arch, arguments.seconds, arguments.out)
-    return run_gpu(arguments) if arguments.command == "gpu" else run_cpu(arguments)
+    return {"cpu": run_cpu, "distributed": run_distributed, "gpu": run_gpu}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

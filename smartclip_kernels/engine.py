@@ -89,20 +89,20 @@ class TiledBackend:
         launch.loss()
         return *losses, *statistics, products
 
-    def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
+    def loss_backward(
+        self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
+    ) -> Tensors:
         operands, row, column = self._sides(problem)
         row.statistics, column.statistics, products = (x.contiguous() for x in saved)
         row.weight, column.weight = (x.contiguous() for x in weights)
-        return self._gradients(problem, operands, row, column, needs, products, one_sweep=False)[1]
+        return self._gradients(problem, operands, row, column, needs, products, False, unrounded)[1]
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = self._sides(problem)
         row.statistics = problem.scale.new_empty(problem.traits.statistics, problem.n, dtype=problem.dtype)
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
         row.weight = problem.scale.new_ones(problem.n, dtype=problem.dtype)
-        launch, grads = self._gradients(
-            problem, operands, row, column, needs, problem.scale.new_empty(0), one_sweep=True
-        )
+        launch, grads = self._gradients(problem, operands, row, column, needs, problem.scale.new_empty(0), True, True)
         launch.loss()
         return row.loss.sum(), *grads
 
@@ -115,6 +115,7 @@ class TiledBackend:
         needs: Needs,
         products: Tensor,
         one_sweep: bool,
+        unrounded: bool,
     ) -> tuple[Launch, Tensors]:
         """G of every tile, and from it everything asked for; with `one_sweep` statistics, too."""
         if needs.text and operands.column_factor is not None:
@@ -127,7 +128,7 @@ class TiledBackend:
 
         tiles = self._tiles(problem, operands, products.nbytes, buffers=operands.accumulators)
         kept = products if products.numel() else None
-        grads = _accumulate(tiles, needs, column.score_gradient, gradient, gain, kept, unrounded=one_sweep)
+        grads = _accumulate(tiles, needs, column.score_gradient, gradient, gain, kept, unrounded=unrounded)
         if needs.scale or needs.bias:
             sums = launch.parameter_gradient()
         if needs.scale:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from smartclip_kernels import checks, ops  # noqa: F401  # ops registers torch.ops.smartclip
+from smartclip_kernels import checks, distributed, ops  # noqa: F401  # ops registers torch.ops.smartclip
 from smartclip_kernels.backends import check_name
 from smartclip_kernels.reference import OBJECTIVES, compute_dtype, mean_of_anchors
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Reduction = Literal["mean", "sum", "none"]
+Strategy = Literal["gather", "ring"]
 
 
 def clip_loss(
@@ -25,6 +30,8 @@ def clip_loss(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "gather",
     backend: str | None = None,
 ) -> Any:
     """Symmetric InfoNCE of CLIP (Radford et al. 2021, arXiv 2103.00020) without the N×M logits in memory.
@@ -44,17 +51,33 @@ def clip_loss(
             neither as positive nor as negative.
         label_smoothing: e in [0, 1): the target is (1 − e) spread over the positives plus e over all candidates.
         reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½.
+        group: a `torch.distributed` process group whose ranks hold the batch together: image, text and ids are this
+            rank's rows, as many or as few (at least one of each) as it likes, and are compared with those of all ranks.
+            Every rank calls, and goes backward, in the same order. See below. Default: this process is all there is.
+        strategy: how texts reach the other ranks (the lighter side does: images, where there are fewer of them).
+            "gather": all at once, O(M·D) memory; "ring": from rank to rank, the next block in flight while this one is
+            scored, O(M·D / ranks) memory; it sends features twice. Both are deterministic; their last bits differ.
         backend: one of `available_backends()`; default: what `use_backend` or the device says.
 
     Returns:
         A 0-D tensor, float32 (float64 for float64 inputs); with reduction="none" two 1-D tensors. Gradients flow to
         image, text, logit_scale and logit_bias, in their own dtypes. Second derivatives raise `RuntimeError`.
 
+    With `group`, the number of ranks × this rank's share: the terms of its own rows and columns over all ranks' anchors
+    ("sum": not divided; "none": its own rows and columns as they are). The mean over ranks is the loss of the whole
+    batch, and the mean over ranks of the gradients, which `DistributedDataParallel` takes, its gradient: of encoders,
+    logit_scale and logit_bias. What a rank gets for its features is the gradient of the sum of all ranks' results.
+    Text gradients are summed in float32, in which they travel for half precision, too (float64 for float64). Each call
+    first compares shapes and dtypes among ranks, which on a GPU waits for the device unless the group has gloo for the
+    CPU besides ("cpu:gloo,cuda:nccl"). `torch.compile` breaks its graph here.
+
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what it got and what it needs.
-        RuntimeError: the named backend cannot run here.
+        RuntimeError: the named backend cannot run here. With `group`: torch.distributed is not initialised; ranks
+            disagree on shapes, dtypes, options or the step; a rank failed, ended (at once) or did not answer within the
+            group's timeout. The message names the ranks; every rank raises. (NCCL ends processes by its own watchdog.)
     """
-    return _loss(
+    return contrastive_loss(
         "softmax",
         image,
         text,
@@ -67,6 +90,8 @@ def clip_loss(
         label_smoothing,
         reduction,
         backend,
+        group,
+        strategy,
     )
 
 
@@ -80,6 +105,8 @@ def siglip_loss(
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "gather",
     backend: str | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss of SigLIP (Zhai et al. 2023, arXiv 2303.15343) without the N×M logits in memory.
@@ -88,7 +115,9 @@ def siglip_loss(
     positive pair, −1 otherwise.
 
     Args:
-        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, backend: as in `clip_loss`.
+        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, group, strategy, backend: as in
+            `clip_loss`. With `group`, the mean divides by all ranks' images, and a rank's share are the pairs that it
+            scores: its own images with all texts (where images are fewer, or masked: all images with its own texts).
         reduction: "mean" (divides by N), "sum" over all pairs, or "none": losses of the images (N,).
 
     Returns:
@@ -97,7 +126,7 @@ def siglip_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `clip_loss`.
     """
-    loss: Tensor = _loss(
+    loss: Tensor = contrastive_loss(
         "sigmoid",
         image,
         text,
@@ -110,6 +139,8 @@ def siglip_loss(
         0.0,
         reduction,
         backend,
+        group,
+        strategy,
     )
     return loss
 
@@ -127,6 +158,8 @@ def smartclip_loss(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
+    group: ProcessGroup | None = None,
+    strategy: Strategy = "gather",
     backend: str | None = None,
 ) -> Any:
     """SmartCLIP's loss (Xie et al., CVPR 2025, arXiv 2507.22264): every text compares with its part of the image.
@@ -143,7 +176,7 @@ def smartclip_loss(
         TypeError, ValueError, RuntimeError: as `clip_loss`.
     """
     checks.tensor("mask", mask)
-    return _loss(
+    return contrastive_loss(
         objective,
         image,
         text,
@@ -156,6 +189,8 @@ def smartclip_loss(
         label_smoothing,
         reduction,
         backend,
+        group,
+        strategy,
     )
 
 
@@ -240,7 +275,7 @@ def retrieval_ranks(
     return ranks
 
 
-def _loss(
+def contrastive_loss(
     objective: str,
     image: Tensor,
     text: Tensor,
@@ -253,7 +288,47 @@ def _loss(
     label_smoothing: float,
     reduction: str,
     backend: str | None,
+    group: ProcessGroup | None,
+    strategy: str,
+    semantics: distributed.Semantics = distributed.EXACT,
 ) -> Any:
+    """Any of the losses; `semantics` of a distributed one are for open_clip's flags (modules.py)."""
+    arguments = partial(
+        _arguments,
+        objective,
+        image,
+        text,
+        mask,
+        logit_scale,
+        logit_bias,
+        image_ids,
+        text_ids,
+        ignore_ids,
+        label_smoothing,
+        reduction,
+        backend,
+    )
+    checks.choice("strategy", strategy, tuple(distributed.STRATEGIES))
+    if group is None or distributed.group_of(group).size() == 1:
+        return _one_process(*arguments())
+    return distributed.loss(arguments, group, strategy, semantics)
+
+
+def _arguments(
+    objective: str,
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    ignore_ids: tuple[Tensor, Tensor] | None,
+    label_smoothing: float,
+    reduction: str,
+    backend: str | None,
+) -> tuple[tuple[Any, ...], str]:
+    """Those of an op, from what a caller gave, and the reduction."""
     checks.tensor("image", image)
     checks.tensor("text", text)
     checks.choice("objective", objective, tuple(OBJECTIVES))
@@ -263,20 +338,13 @@ def _loss(
     bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, image)
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: got {type(label_smoothing).__name__}, needs a float")
-    arguments = (
-        image,
-        text,
-        mask,
-        scale,
-        bias,
-        image_ids,
-        text_ids,
-        *ignore,
-        objective,
-        float(label_smoothing),
-        _backend(backend),
-        0,
-    )
+    smoothing, name = float(label_smoothing), _backend(backend)
+    features = image, text, mask
+    return (*features, scale, bias, image_ids, text_ids, *ignore, objective, smoothing, name, 0), reduction
+
+
+def _one_process(arguments: tuple[Any, ...], reduction: str) -> Any:
+    image, image_ids, objective = arguments[0], arguments[5], arguments[9]
     # Where the mean divides by N, one op is enough: by ids, a side's anchors have to be counted.
     counted = reduction == "mean" and OBJECTIVES[objective].both_sides and image_ids is not None
     if reduction != "none" and not counted:

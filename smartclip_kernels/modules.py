@@ -3,40 +3,74 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from smartclip_kernels import checks
-from smartclip_kernels.functional import clip_loss, siglip_loss, smartclip_loss
+from smartclip_kernels import checks, distributed
+from smartclip_kernels.functional import Strategy, contrastive_loss, siglip_loss, smartclip_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Losses = Tensor | dict[str, Tensor]
 
 
-class _OneProcess(nn.Module):
-    """What open_clip's constructors say about distribution, which this version computes for one process only."""
+class _Distributed(nn.Module):
+    """Which process group a loss is over, from what open_clip's constructors say about it."""
 
-    def __init__(self, rank: int, world_size: int, backend: str | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        group: ProcessGroup | None,
+        strategy: Strategy,
+        backend: str | None,
+    ) -> None:
         super().__init__()
-        if world_size != 1 or rank != 0:
-            raise ValueError(
-                f"world_size, rank: got {world_size}, {rank}, needs 1, 0: the loss is that of one process. Gather the "
-                "features of all processes with gradients (torch.distributed.nn.all_gather) and pass all of them"
-            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank, world_size: got {rank}, {world_size}, needs 0 <= rank < world_size")
+        checks.choice("strategy", strategy, tuple(distributed.STRATEGIES))
         self.rank = rank
         self.world_size = world_size
+        self.group = group
+        self.strategy: Strategy = strategy
         self.backend = backend
 
+    def process_group(self) -> ProcessGroup | None:
+        """`group`, or the default one where `world_size` says that there is one. None: this process is all there is.
 
-class ClipLoss(_OneProcess):
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: it was not given this rank or world size.
+        """
+        if self.world_size == 1:
+            return self.group
+        group = distributed.group_of(dist.group.WORLD if self.group is None else self.group)
+        if (self.rank, self.world_size) != (group.rank(), group.size()):
+            needs = f"{group.rank()}, {group.size()}"
+            raise ValueError(f"rank, world_size: got {self.rank}, {self.world_size}, needs the group's, {needs}")
+        return group
+
+
+class ClipLoss(_Distributed):
     """`clip_loss` in the place of ``open_clip.ClipLoss``.
 
     Args:
-        local_loss, gather_with_grad, use_horovod: how open_clip distributes; the same loss in one process.
-        cache_labels: accepted; there are no labels to cache.
-        rank, world_size: 0 and 1.
+        local_loss, gather_with_grad: with `world_size`, what open_clip gives once the gradients' mean over ranks is
+            taken, as `DistributedDataParallel` does. With gather_with_grad it is the gradient of the whole batch;
+            without it, and without local_loss, that of the features is too small by the number of ranks; with
+            local_loss alone image and text receive the gradients of their own anchors' terms only, which point
+            elsewhere. The scale's is exact always. Without local_loss all ranks return the same number, the loss of the
+            whole batch; with it each its share, whose mean over ranks that is.
+        cache_labels, use_horovod: accepted; there are no labels to cache, and torch.distributed is what is used.
+        rank, world_size: of this process in the group.
         label_smoothing, backend: as in `clip_loss`.
+        group: default with a world_size above 1: all of torch.distributed's. With a world_size of 1 the flags say
+            nothing: it is `clip_loss` over that group, exact.
+        strategy: as in `clip_loss`.
     """
 
     def __init__(
@@ -49,9 +83,11 @@ class ClipLoss(_OneProcess):
         use_horovod: bool = False,
         *,
         label_smoothing: float = 0.0,
+        group: ProcessGroup | None = None,
+        strategy: Strategy = "gather",
         backend: str | None = None,
     ) -> None:
-        super().__init__(rank, world_size, backend)
+        super().__init__(rank, world_size, group, strategy, backend)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -71,28 +107,45 @@ class ClipLoss(_OneProcess):
         ignore_ids: tuple[Tensor, Tensor] | None = None,
     ) -> Losses:
         """The 0-D loss, or with `output_dict` ``{"contrastive_loss": loss}``; arguments as in `clip_loss`."""
-        loss: Tensor = clip_loss(
+        loss: Tensor = contrastive_loss(
+            "softmax",
             image_features,
             text_features,
+            None,
             logit_scale,
             logit_bias,
-            image_ids=image_ids,
-            text_ids=text_ids,
-            ignore_ids=ignore_ids,
-            label_smoothing=self.label_smoothing,
-            backend=self.backend,
+            image_ids,
+            text_ids,
+            ignore_ids,
+            self.label_smoothing,
+            "mean",
+            self.backend,
+            self.process_group(),
+            self.strategy,
+            self._semantics(),
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def _semantics(self) -> distributed.Semantics:
+        if self.world_size == 1:
+            return distributed.EXACT
+        return distributed.Semantics(
+            sides_apart=self.local_loss and not self.gather_with_grad,
+            features_divided=not self.local_loss and not self.gather_with_grad,
+            same_value=not self.local_loss,
+        )
 
-class SigLipLoss(_OneProcess):
+
+class SigLipLoss(_Distributed):
     """`siglip_loss` in the place of ``open_clip.SigLipLoss``.
 
     Args:
         cache_labels: accepted; there are no labels to cache.
-        rank, world_size: 0 and 1.
-        dist_impl: how open_clip distributes ("bidir", "shift", "reduce", "gather"); the same loss in one process.
+        rank, world_size: of this process in the group.
+        dist_impl: how open_clip distributes; all are the same loss. "bidir" and "shift", where texts go from neighbour
+            to neighbour, are the strategy "ring" here, "reduce" and "gather" are "gather".
         chunk_size: accepted; the logits are never held as a whole, whatever it is.
+        group: default with a world_size above 1: all of torch.distributed's.
         backend: as in `siglip_loss`.
     """
 
@@ -104,10 +157,11 @@ class SigLipLoss(_OneProcess):
         dist_impl: str | None = None,
         chunk_size: int = 0,
         *,
+        group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__(rank, world_size, backend)
         checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
+        super().__init__(rank, world_size, group, "gather" if dist_impl in ("reduce", "gather") else "ring", backend)
         self.cache_labels = cache_labels
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
@@ -133,12 +187,14 @@ class SigLipLoss(_OneProcess):
             image_ids=image_ids,
             text_ids=text_ids,
             ignore_ids=ignore_ids,
+            group=self.process_group(),
+            strategy=self.strategy,
             backend=self.backend,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class SmartClipLoss(_OneProcess):
+class SmartClipLoss(_Distributed):
     """`smartclip_loss` plus a price on masks: sparsity_weight · mean(text_mask) (Xie et al. 2025, arXiv 2507.22264).
 
     Without the price nothing keeps a mask from passing every dimension, which is CLIP with a cosine. The price is the
@@ -147,8 +203,10 @@ class SmartClipLoss(_OneProcess):
     Args:
         objective: "softmax" or "sigmoid".
         sparsity_weight: what a mask of ones adds to the loss. Not negative.
-        label_smoothing, backend: as in `smartclip_loss`.
-        rank, world_size: 0 and 1.
+        label_smoothing, backend, strategy: as in `smartclip_loss`.
+        rank, world_size: of this process in the group.
+        group: default with a world_size above 1: all of torch.distributed's. Both terms are then over all ranks' texts,
+            and a rank returns the number of ranks × its share, as `clip_loss` says.
     """
 
     def __init__(
@@ -159,9 +217,11 @@ class SmartClipLoss(_OneProcess):
         label_smoothing: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
+        group: ProcessGroup | None = None,
+        strategy: Strategy = "gather",
         backend: str | None = None,
     ) -> None:
-        super().__init__(rank, world_size, backend)
+        super().__init__(rank, world_size, group, strategy, backend)
         checks.choice("objective", objective, ("softmax", "sigmoid"))
         if not 0 <= sparsity_weight < math.inf:
             raise ValueError(f"sparsity_weight: got {sparsity_weight}, needs a finite number of at least 0")
@@ -187,6 +247,7 @@ class SmartClipLoss(_OneProcess):
         The weight is in the term already: open_clip's training loop sums what ends in ``_loss``. `text_mask` is (M, D),
         from a `MaskHead`; the other arguments are those of `smartclip_loss`.
         """
+        group = self.process_group()
         contrastive: Tensor = smartclip_loss(
             image_features,
             text_features,
@@ -198,9 +259,12 @@ class SmartClipLoss(_OneProcess):
             text_ids=text_ids,
             ignore_ids=ignore_ids,
             label_smoothing=self.label_smoothing,
+            group=group,
+            strategy=self.strategy,
             backend=self.backend,
         )
-        sparsity = self.sparsity_weight * text_mask.mean(dtype=contrastive.dtype)
+        mask = text_mask.to(contrastive.dtype)
+        sparsity = self.sparsity_weight * (mask.mean() if group is None else distributed.mean(mask, group))
         if output_dict:
             return {"contrastive_loss": contrastive, "sparsity_loss": sparsity}
         return contrastive + sparsity

@@ -30,7 +30,7 @@ _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_sca
 _SCHEMAS = {
     "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs) -> ({_GRADS})",
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded) -> ({_GRADS})",
     "loss_sum": f"({_LOSS}) -> Tensor",
     "loss_one_sweep": f"({_LOSS}, bool[] needs) -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
@@ -100,11 +100,11 @@ def _loss_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *loss_arguments, needs = arguments
+    *loss_arguments, needs, unrounded = arguments
     problem = _problem(*loss_arguments)
     backend = backends.resolve(loss_arguments[-2], problem.image.device)
     saved = (row_statistics, column_statistics, kept)
-    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs))
+    return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs), unrounded)
 
 
 @_implement("loss_sum")
@@ -213,7 +213,8 @@ def _loss_backward_fake(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    return tuple(empty_gradients(_problem(*arguments[:-1]), Needs(*arguments[-1])))
+    *loss_arguments, needs, unrounded = arguments
+    return tuple(empty_gradients(_problem(*loss_arguments), Needs(*needs), unrounded=unrounded))
 
 
 @_fake("loss_sum")
@@ -290,7 +291,8 @@ class _FirstOrder(torch.autograd.Function):
         raise RuntimeError("smartclip_kernels: second derivatives are not implemented")
 
 
-def _first_order(grads: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def first_order(grads: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The gradients; to differentiate them once more raises."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     if not any(needed_gradients(*tensors)):
         return grads
@@ -310,7 +312,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs)
+        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs, False)
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
@@ -330,7 +332,7 @@ class _LossSum(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[1:6])
         weight = grad_loss / 2 if OBJECTIVES[ctx.constants[0]].both_sides else grad_loss
         weights = (weight.expand(statistics.shape[1]) for statistics in ctx.saved_tensors[:2])
-        grads = _ops.loss_backward(*weights, *ctx.saved_tensors, *ctx.constants, needs)
+        grads = _ops.loss_backward(*weights, *ctx.saved_tensors, *ctx.constants, needs, False)
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
@@ -358,7 +360,7 @@ class _LossSumOneSweep(torch.autograd.Function):
                 grad.mul_(grad_loss).to(x.dtype) if need else grad
                 for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
             )
-        scaled = _first_order(scaled, (grad_loss, *ctx.saved_tensors))
+        scaled = first_order(scaled, (grad_loss, *ctx.saved_tensors))
         return (None, *_or_none(scaled, needs), *([None] * 8))
 
 
@@ -409,11 +411,11 @@ _with_autograd("loss_sum", 11, _sum_function)
 _with_autograd("masked_similarity", 3, lambda *_: _MaskedSimilarity)
 
 
-def _with_first_order(name: str) -> None:
+def _withfirst_order(name: str) -> None:
     op = getattr(_ops, name)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        return _first_order(_below_autograd(op, keyset, *arguments), arguments)
+        return first_order(_below_autograd(op, keyset, *arguments), arguments)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
@@ -429,28 +431,37 @@ def _without_gradient(name: str) -> None:
 
 _without_gradient("masked_topk")
 _without_gradient("retrieval_ranks")
-_with_first_order("loss_backward")
-_with_first_order("loss_one_sweep")
-_with_first_order("masked_similarity_backward")
+_withfirst_order("loss_backward")
+_withfirst_order("loss_one_sweep")
+_withfirst_order("masked_similarity_backward")
 
 
 # --- autocast: image, text and a floating mask go to the autocast dtype, as `mm` would send them -------------------
 
 
-def _with_autocast(name: str, device_type: str, key: str) -> None:
-    op = getattr(_ops, name)
+def autocast(*features: Any) -> tuple[Any, ...]:
+    """As autocast, where it is on, would have them."""
 
     def cast(x: Any) -> Any:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
+        if not eligible or not torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    return tuple(map(cast, features))
+
+
+def _with_autocast(name: str, key: str) -> None:
+    op = getattr(_ops, name)
 
     def kernel(*arguments: Any) -> Any:
+        features = autocast(*arguments[:3])
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return op(*(cast(x) for x in arguments[:3]), *arguments[3:])
+            return op(*features, *arguments[3:])
 
     _library.impl(name, kernel, key)
 
 
 for _op in ("loss", "loss_sum", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
-    _with_autocast(_op, "cpu", "AutocastCPU")
-    _with_autocast(_op, "cuda", "AutocastCUDA")
+    _with_autocast(_op, "AutocastCPU")
+    _with_autocast(_op, "AutocastCUDA")

@@ -84,8 +84,13 @@ class Backend(Protocol):
     def loss(self, problem: Problem) -> Tensors:
         """rows (N,), columns (M,), statistics of rows and columns (planes, N or M), kept products."""
 
-    def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
-        """Gradients, from what `loss` returned after the losses and the gradients of rows and columns."""
+    def loss_backward(
+        self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
+    ) -> Tensors:
+        """Gradients, from what `loss` returned after the losses and the gradients of rows and columns.
+
+        Statistics may know of more candidates than the problem has. `unrounded`: in the scores' dtype.
+        """
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         """The sum of all losses (0-D) and its gradients in the scores' dtype, for an objective without statistics."""

@@ -195,33 +195,6 @@ def loss(
     return reduce(*terms, objective=objective, reduction=reduction)
 
 
-def pair_gradients(
-    logits: Tensor,
-    positive: Tensor,
-    candidate: Tensor,
-    weights: tuple[Tensor, Tensor],
-    *,
-    objective: str,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """G_ij = ∂L/∂s_ij (N, M), for L = Σ_i u_i row_i + Σ_j v_j column_j and `weights` (u, v)."""
-    if objective == "sigmoid":
-        z = torch.where(positive, 1.0, -1.0).to(logits.dtype)
-        return torch.where(candidate, -z * torch.sigmoid(-z * logits), 0) * weights[0][:, None]
-    gradient = torch.zeros_like(logits)
-    for axis, weight in ((1, weights[0][:, None]), (0, weights[1][None, :])):
-        positives = positive.sum(axis, keepdim=True)
-        probability = torch.where(positives > 0, logits.masked_fill(~candidate, -torch.inf), 0).softmax(axis)
-        share = positive.to(logits.dtype) / positives.clamp(min=1)
-        error = probability - share
-        turned = (logits, positive, candidate) if axis == 1 else (logits.T, positive.T, candidate.T)
-        certain = -torch.sigmoid(others_advantage(*turned)).unsqueeze(axis)
-        error = torch.where(positive & (positives == 1), certain, error)
-        smoothing = share - candidate.to(logits.dtype) / candidate.sum(axis, keepdim=True).clamp(min=1)
-        gradient += torch.where(positives > 0, weight * (error + label_smoothing * smoothing), 0)
-    return gradient
-
-
 def similarity_gradients(
     image: Tensor, text: Tensor, mask: Tensor | None, grad_sim: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -59,7 +59,7 @@ def test_opcheck_loss_backward(backend: str, objective: str) -> None:
     arguments = loss_arguments(objective, backend, grad=False)
     rows, columns, *saved = ops.loss(*arguments)
     weights = torch.rand_like(rows), torch.rand_like(columns)
-    torch.library.opcheck(ops.loss_backward.default, (*weights, *saved, *arguments, EVERY))
+    torch.library.opcheck(ops.loss_backward.default, (*weights, *saved, *arguments, EVERY, False))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -237,5 +237,5 @@ def test_only_gradients_asked_for_are_made(backend: str) -> None:
     rows, columns, *saved = ops.loss(*arguments)
     for i in range(5):
         needs = [i == k for k in range(5)]
-        grads = ops.loss_backward(torch.ones_like(rows), torch.ones_like(columns), *saved, *arguments, needs)
+        grads = ops.loss_backward(torch.ones_like(rows), torch.ones_like(columns), *saved, *arguments, needs, False)
         assert [g.shape == x.shape and g.numel() > 0 for g, x in zip(grads, arguments, strict=False)] == needs

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smartclip_kernels import reference
 from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients
+from smartclip_kernels.states import STATES
 
 
 class ReferenceBackend:
@@ -24,7 +25,7 @@ class ReferenceBackend:
         return (0,)
 
     def loss(self, problem: Problem) -> Tensors:
-        rows, columns, row_positives, column_positives = reference.anchor_losses(
+        rows, columns, *_ = reference.anchor_losses(
             problem.image,
             problem.text,
             problem.mask,
@@ -36,19 +37,22 @@ class ReferenceBackend:
             ignore_ids=_ignore_ids(problem),
             label_smoothing=problem.label_smoothing,
         )
-        statistics = []
-        for positives in (row_positives, column_positives if problem.traits.both_sides else column_positives[:0]):
-            planes = positives.new_zeros(problem.traits.statistics, len(positives))
-            planes[0] = positives
-            statistics.append(planes)
-        return rows, columns, *statistics, rows.new_empty(0)
+        _, logits, positive, candidate = _scores(problem)
+        state = STATES[problem.objective]
+        row_states = state.of(logits, positive, candidate)
+        column_states = row_states.new_empty(len(row_states), 0)
+        if problem.traits.both_sides:
+            column_states = state.of(logits.T, positive.T, candidate.T)
+        return rows, columns, row_states, column_states, rows.new_empty(0)
 
-    def loss_backward(self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs) -> Tensors:
-        return _rounded(problem, needs, _gradients(problem, weights))
+    def loss_backward(
+        self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
+    ) -> Tensors:
+        return _rounded(problem, needs, _gradients(problem, saved[:2], weights), unrounded=unrounded)
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        rows, columns, *_ = self.loss(problem)
-        grads = _gradients(problem, (torch.ones_like(rows), torch.ones_like(columns)))
+        rows, columns, *saved = self.loss(problem)
+        grads = _gradients(problem, (saved[0], saved[1]), (torch.ones_like(rows), torch.ones_like(columns)))
         return rows.sum(), *_rounded(problem, needs, grads, unrounded=True)
 
     def masked_similarity(self, problem: Problem) -> Tensor:
@@ -75,19 +79,21 @@ def _ignore_ids(problem: Problem) -> tuple[Tensor, Tensor] | None:
     return None if image is None or text is None else (image, text)
 
 
-def _gradients(problem: Problem, weights: Tensors) -> tuple[Tensor | None, ...]:
-    """Of image, text, mask, scale and bias, in the precision of the scores."""
+def _scores(problem: Problem) -> Tensors:
+    """sim, logits, and which pairs are positive and which count: (N, M) all."""
     sim = reference.similarity(problem.image, problem.text, problem.mask)
     logits = sim * problem.scale if problem.bias is None else sim * problem.scale + problem.bias
     positive = reference.positive_pairs(problem.image, problem.text, problem.image_ids, problem.text_ids)
-    gradient = reference.pair_gradients(
-        logits,
-        positive,
-        reference.candidate_pairs(positive, *(_ignore_ids(problem) or (None, None))),
-        (weights[0], weights[1]),
-        objective=problem.objective,
-        label_smoothing=problem.label_smoothing,
-    )
+    return sim, logits, positive, reference.candidate_pairs(positive, *(_ignore_ids(problem) or (None, None)))
+
+
+def _gradients(problem: Problem, states: Tensors, weights: Tensors) -> tuple[Tensor | None, ...]:
+    """Of image, text, mask, scale and bias, in the precision of the scores. States may know of more candidates."""
+    sim, logits, positive, candidate = _scores(problem)
+    state, smoothing = STATES[problem.objective], problem.label_smoothing
+    gradient = state.gradient(logits, positive, candidate, states[0], weights[0], smoothing)
+    if problem.traits.both_sides:
+        gradient = gradient + state.gradient(logits.T, positive.T, candidate.T, states[1], weights[1], smoothing).T
     features = reference.similarity_gradients(problem.image, problem.text, problem.mask, gradient * problem.scale)
     bias = torch.zeros_like(sim[0, 0]) if problem.traits.shift_invariant else gradient.sum()
     return *features, (gradient * sim).sum(), bias

@@ -1,0 +1,173 @@
+"""What ranks do in the tests of distribution. Imports little: every process imports it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import smartclip_kernels as sk
+from smartclip_kernels.testing import Inputs, make_inputs
+
+
+@dataclass(frozen=True)
+class Options:
+    strategy: str = "gather"
+    reduction: str = "mean"
+    backend: str | None = None
+    incoming: tuple[float, ...] = ()  # by rank; default 0.75 everywhere
+
+
+def part(inputs: Inputs, rows: list[int], columns: list[int], rank: int) -> Inputs:
+    """A rank's rows of a whole batch."""
+    a, b = (slice(*list(accumulate([0, *sizes]))[rank : rank + 2]) for sizes in (rows, columns))
+    cut: dict[str, Any] = {"image": inputs.image[a], "text": inputs.text[b]}
+    if inputs.mask is not None:
+        cut["mask"] = inputs.mask[b]
+    if inputs.image_ids is not None and inputs.text_ids is not None:
+        cut |= {"image_ids": inputs.image_ids[a], "text_ids": inputs.text_ids[b]}
+    if inputs.ignore_ids is not None:
+        cut["ignore_ids"] = (inputs.ignore_ids[0][a], inputs.ignore_ids[1][b])
+    return replace(inputs, **cut)
+
+
+def distributed_loss(x: Inputs, group: dist.ProcessGroup, options: Options) -> Any:
+    common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
+    common |= {"reduction": options.reduction, "backend": options.backend}
+    common |= {"group": group, "strategy": options.strategy}
+    if x.mask is not None:
+        return sk.smartclip_loss(
+            x.image,
+            x.text,
+            x.mask,
+            x.logit_scale,
+            x.logit_bias,
+            objective=cast(Any, x.objective),
+            label_smoothing=x.label_smoothing,
+            **common,
+        )
+    if x.objective == "sigmoid":
+        return sk.siglip_loss(x.image, x.text, x.logit_scale, x.logit_bias, **common)
+    return sk.clip_loss(x.image, x.text, x.logit_scale, x.logit_bias, label_smoothing=x.label_smoothing, **common)
+
+
+def leaves(x: Inputs) -> tuple[Inputs, dict[str, Tensor]]:
+    wanted = {name: value.detach().clone().requires_grad_() for name, value in x.leaves.items()}
+    return replace(x, **cast(dict[str, Any], wanted)), wanted
+
+
+def evaluate(
+    group: dist.ProcessGroup, whole: Inputs, rows: list[int], columns: list[int], options: Options, times: int = 1
+) -> list[dict[str, Tensor]]:
+    """Loss(es) and gradients of this rank, `times` times."""
+    rank = dist.get_rank(group)
+    found = []
+    for _ in range(times):
+        x, wanted = leaves(part(whole, rows, columns, rank))
+        result = distributed_loss(x, group, options)
+        losses = result if isinstance(result, tuple) else (result,)
+        values = {f"loss{i}": value.detach() for i, value in enumerate(losses)}
+        if wanted:
+            weight = options.incoming[rank] if options.incoming else 0.75
+            grads = torch.autograd.grad(losses, list(wanted.values()), [torch.full_like(y, weight) for y in losses])
+            values |= {f"grad_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
+        found.append(values)
+    return found
+
+
+def set_workspace(group: dist.ProcessGroup, megabytes: float | None) -> int:
+    sk.set_workspace(megabytes)
+    return 0
+
+
+class Towers(nn.Module):
+    """Two small towers, a mask head, scale and bias; the same in every process."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.image, self.text, self.to_mask = (nn.Linear(10, 16, dtype=dtype) for _ in range(3))
+        self.log_scale = nn.Parameter(torch.tensor(2.5, dtype=dtype))
+        self.bias = nn.Parameter(torch.tensor(-1.0, dtype=dtype))
+        with torch.no_grad():
+            for p in (*self.image.parameters(), *self.text.parameters(), *self.to_mask.parameters()):
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        image, text = F.normalize(self.image(x).tanh(), dim=1), F.normalize(self.text(y).tanh(), dim=1)
+        return image, text, self.to_mask(y).sigmoid(), self.log_scale.exp(), 1 * self.bias
+
+
+def train_step(
+    group: dist.ProcessGroup | None, objective: str, strategy: str, rows: list[int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Loss and gradients of all parameters: of this process alone on the whole batch, or under DDP on its rows."""
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(sum(rows), 10, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    model: nn.Module = Towers(dtype)
+    if group is not None:
+        rank = dist.get_rank(group)
+        x, y = x.split(rows)[rank], y.split(rows)[rank]
+        model = nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+    image, text, mask, scale, bias = model(x, y)
+    common: dict[str, Any] = {"group": group, "strategy": strategy}
+    if objective == "smartclip":
+        loss = sk.smartclip_loss(image, text, mask, scale, bias, **common)
+    else:
+        loss = (sk.clip_loss if objective == "softmax" else sk.siglip_loss)(image, text, scale, bias, **common)
+    loss.backward()
+    grads = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return {"loss": loss.detach()} | {name: grad for name, grad in grads.items() if grad is not None and grad.any()}
+
+
+def under_autocast(group: dist.ProcessGroup, objective: str) -> list[tuple[torch.dtype, Tensor, Tensor]]:
+    """Gradients under autocast and what they are near."""
+    rows, rank = [4, 4, 4], dist.get_rank(group)
+    whole = make_inputs(12, d=16, objective=objective)
+    found = []
+    for autocast in (True, False):
+        x, wanted = leaves(part(whole, rows, rows, rank))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = distributed_loss(x, group, Options())
+        found.append(torch.autograd.grad(loss, list(wanted.values())))
+    return [(a.dtype, a, b) for a, b in zip(*found, strict=True)]
+
+
+def second_derivative(group: dist.ProcessGroup) -> None:
+    rows = [3, 3]
+    x, wanted = leaves(part(make_inputs(6, d=8), rows, rows, dist.get_rank(group)))
+    (grad,) = torch.autograd.grad(distributed_loss(x, group, Options()), wanted["image"], create_graph=True)
+    grad.sum().backward()
+
+
+def backward_twice(group: dist.ProcessGroup, objective: str) -> tuple[Tensor, Tensor]:
+    rows = [3, 3, 3]
+    x, wanted = leaves(
+        part(make_inputs(9, d=8, objective=objective, dtype=torch.float64), rows, rows, dist.get_rank(group))
+    )
+    loss = distributed_loss(x, group, Options("ring"))
+    first, second = (torch.autograd.grad(loss, wanted["text"], retain_graph=True)[0] for _ in range(2))
+    return first, second
+
+
+def compiled(group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    rows = [3, 3]
+    x = part(make_inputs(6, d=8), rows, rows, dist.get_rank(group))
+
+    def function(image: Tensor) -> Any:
+        return 2 * sk.clip_loss(image.relu(), x.text, 3.0, group=group)
+
+    return torch.compile(function, backend="eager")(x.image), function(x.image)
+
+
+def smartclip_module(group: dist.ProcessGroup, whole: Inputs, rows: list[int]) -> tuple[Tensor, Tensor]:
+    x, wanted = leaves(part(whole, rows, rows, dist.get_rank(group)))
+    assert x.mask is not None
+    loss = sk.SmartClipLoss(sparsity_weight=0.7, group=group)(x.image, x.text, x.mask, x.logit_scale, x.logit_bias)
+    assert isinstance(loss, Tensor)
+    return loss.detach(), torch.autograd.grad(loss, wanted["mask"])[0]
