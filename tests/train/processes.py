@@ -1,27 +1,89 @@
-"""Runs of the trainer in processes of their own, started in a moment: a server that has imported all forks them."""
+"""Runs of the trainer in processes of their own, and what such processes run."""
 
 from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
+import signal
 import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerProcess
+from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed as dist
+import torch.distributed as dist
 
 from smartclip_kernels.train import checkpoint
+from smartclip_kernels.train.batches import Batch, batches
 from smartclip_kernels.train.config import Config
-from smartclip_kernels.train.loop import train
+from smartclip_kernels.train.loop import Run, prepare_folder, train
+from smartclip_kernels.train.ranks import Ranks
 
-TIMEOUT = 120
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["pytest", "matplotlib.figure", "torch.utils.tensorboard", "smartclip_kernels.train.loop", "tests.train.processes"]
-)
+PATIENCE = 120.0  # seconds for a run of the trainer
+
+
+class Runner:
+    """One run of the trainer at a time, in a process of its own, forked from one that has imported everything."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.server = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.server.start()
+        self.pid = 0
+
+    def start(self, config: Config) -> None:
+        self.pipe.send(config)
+        self.pid = self.pipe.recv()
+
+    def running(self) -> bool:
+        return not self.pipe.poll()
+
+    def kill(self) -> None:
+        if self.running():
+            os.kill(self.pid, signal.SIGKILL)
+
+    def finish(self) -> int:
+        """Its exit status, below 0 for a signal."""
+        if not self.pipe.poll(PATIENCE):
+            self.kill()
+            raise AssertionError(f"a run of the trainer takes more than {PATIENCE:.0f} s")
+        status: int = self.pipe.recv()
+        return status
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.join()
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    for module in ("matplotlib.figure", "torch.utils.tensorboard"):
+        import_module(module)
+    while True:
+        config = pipe.recv()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                train(config, quiet=True)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        pipe.send(pid)
+        pipe.send(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint, which has to be that of this step."""
+    found = checkpoint.newest(out / "checkpoints")
+    assert found is not None
+    assert found.step == step
+    return found.weights
 
 
 def options(config: Config, prefix: str = "--") -> list[str]:
@@ -39,50 +101,40 @@ def options(config: Config, prefix: str = "--") -> list[str]:
     return words
 
 
-def start(config: Config) -> ForkServerProcess:
-    process = FORKS.Process(target=train, args=(config,), kwargs={"quiet": True})
-    process.start()
-    return process
+Steps = tuple[list[dict[str, float]], list[tuple[int, list[str]]], dict[str, torch.Tensor]]
 
 
-def finish(process: ForkServerProcess) -> int:
-    """Its exit status."""
-    process.join(TIMEOUT)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"a run of the trainer takes more than {TIMEOUT} s")
-    assert process.exitcode is not None
-    return process.exitcode
+def take_steps(group: Any, config: Config, last: int = -1, poisoned: int = -1) -> Steps:
+    """Trains to step `last`, without evaluation and pictures: what is logged, images and problems, the weights.
+
+    In a group, every rank calls. On rank `poisoned` a weight becomes NaN before step 2.
+    """
+    us = Ranks() if group is None else Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+    run = Run(config, us.from_first(lambda: prepare_folder(config)), us)
+    logged, read = [], []
+    for batch in batches(run.source, config, run.step, us):
+        if run.step == 2 and us.rank == poisoned:
+            next(run.model.image.projection.parameters()).data[0, 0] = torch.nan
+        logged.append(run.train_step(batch))
+        read.append((batch.n_images, batch.problems))
+        if run.step == last:
+            break
+    if us.first:
+        run.save()
+    return logged, read, {name: x.clone() for name, x in run.model.state_dict().items()}
 
 
-def ranks(world: int, folder: Path, target: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `target(*args)` returns, or the text of what it raises, on each of `world` gloo ranks."""
-    folder.mkdir()
-    processes = [FORKS.Process(target=_rank, args=(rank, world, folder, target, args)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            finish(process)
-        return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(world)]
-    finally:
-        for process in processes:
-            process.kill()
+def take_step_of_own(group: Any, config: Config) -> tuple[list[str], list[int]]:
+    """What a rank alone knows: its first batch's records, and the random numbers of steps −1 and 0."""
+    us = Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+    run = Run(config, us.from_first(lambda: prepare_folder(config)), us)
+    batch: Batch = next(batches(run.source, config, 0, us))
+    numbers = []
+    for step in (-1, 0):
+        run.seed_step(step)
+        numbers.append(int(torch.randint(2**31, ())))
+    return [record.key for record in batch.records], numbers
 
 
-def _rank(rank: int, world: int, folder: Path, target: Callable[..., Any], args: Sequence[Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
-    try:
-        result = target(*args)
-    except Exception:
-        result = traceback.format_exc()
-    torch.save(result, folder / f"rank-{rank}.pt")
-
-
-def weights(out: Path, step: int) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint, which has to be that of this step."""
-    found = checkpoint.newest(out / "checkpoints")
-    assert found is not None
-    assert found.step == step
-    return found.weights
+def whole_run(group: Any, config: Config) -> dict[str, float]:
+    return train(config, quiet=True)

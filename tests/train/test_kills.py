@@ -6,8 +6,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,21 @@ import torch
 from smartclip_kernels.train import checkpoint
 from smartclip_kernels.train.config import Config
 from smartclip_kernels.train.report import read_metrics
-from tests.train.processes import finish, start, weights
+from tests.train.processes import Runner, weights
 
 Configure = Callable[..., Config]
 STEPS = 8
 
 
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.close()
+
+
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(config: Configure, tmp_path: Path, kills: int) -> None:
+def test_killed_at_random_moments(config: Configure, runner: Runner, tmp_path: Path, kills: int) -> None:
     """Half of the kills come at any moment of a run, from its start to its last picture; the others while a checkpoint
     is being written or dropped."""
     seed = random.SystemRandom().getrandbits(32)
@@ -34,7 +40,8 @@ def test_killed_at_random_moments(config: Configure, tmp_path: Path, kills: int)
         return config(out=tmp_path / name, resume=True, steps=STEPS, checkpoint_every=1)
 
     began = time.monotonic()
-    assert finish(start(settings("whole"))) == 0
+    runner.start(settings("whole"))
+    assert runner.finish() == 0
     duration = time.monotonic() - began
 
     killed = in_writing = runs = 0
@@ -43,14 +50,14 @@ def test_killed_at_random_moments(config: Configure, tmp_path: Path, kills: int)
             break
         now = settings(f"run {runs}")
         folder = Path(str(now.out)) / "checkpoints"
-        process = start(now)
+        runner.start(now)
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0, duration))
         else:
-            wait_for_writing(process, folder, after=newest_step(folder) + rng.randrange(3))
+            wait_for_writing(runner, folder, after=newest_step(folder) + rng.randrange(3))
             time.sleep(rng.uniform(0, 0.003))
-        process.kill()
-        status = finish(process)
+        runner.kill()
+        status = runner.finish()
         assert status in (0, -signal.SIGKILL)
         if status:
             killed += 1
@@ -60,7 +67,8 @@ def test_killed_at_random_moments(config: Configure, tmp_path: Path, kills: int)
             runs += 1
     assert killed >= kills
     assert in_writing >= kills // 4
-    assert finish(start(settings(f"run {runs}"))) == 0
+    runner.start(settings(f"run {runs}"))
+    assert runner.finish() == 0
     compare(tmp_path / "whole", tmp_path / f"run {runs}")
     print(f"{killed} kills, {in_writing} while a checkpoint was being written or dropped, {runs + 1} runs")
 
@@ -69,9 +77,9 @@ def newest_step(folder: Path) -> int:
     return max(checkpoint.steps(folder), default=0)
 
 
-def wait_for_writing(process: ForkServerProcess, folder: Path, after: int) -> None:
+def wait_for_writing(runner: Runner, folder: Path, after: int) -> None:
     """Until a checkpoint behind step `after` is being written, or an old one dropped, or the process has ended."""
-    while process.is_alive():
+    while runner.running():
         for _ in range(50):
             if any(folder.glob("being-*")) and newest_step(folder) >= after:
                 return
