@@ -16,7 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,45 +44,56 @@ class Row:
     status: str
 
 
-def child(subject: str, batch_size: int, limit: float, threads: int) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a table share."""
+
+    limit_gib: float
+    threads: int
+    image_size: int
+
+    def options(self) -> list[str]:
+        named = {"--limit": self.limit_gib, "--threads": self.threads, "--image-size": self.image_size}
+        return [word for name, value in named.items() for word in (name, str(value))]
+
+
+def child(subject: str, batch_size: int, setting: Setting) -> None:
     """The run, in this process. Prints resident bytes and pairs/s of the last step."""
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit * GIB), int(limit * GIB)))
-    from smartclip_kernels.train.config import Config
+    limit = int(setting.limit_gib * GIB)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    from smartclip_kernels.train.config import Config, DataConfig
     from smartclip_kernels.train.loop import train
     from smartclip_kernels.train.report import read_metrics
 
     naive: dict[str, Any] = {"chunk_size": batch_size, "loss_backend": "reference"} if subject == "eager" else {}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        train(Config(batch_size=batch_size, steps=STEPS, threads=threads, out=out, **naive), quiet=True)
+        out, data = Path(folder) / "run", DataConfig(image_size=setting.image_size)
+        common: dict[str, Any] = {"data": data, "steps": STEPS, "threads": setting.threads, "out": out}
+        train(Config(batch_size=batch_size, **common, **naive), quiet=True)
         speed = read_metrics(out / "metrics.jsonl")[-1]["pairs/s"]
     print(resident("VmHWM"), speed)
 
 
-def measure(subject: str, batch_size: int, limit: float, threads: int) -> Row:
-    """`child` in a fresh process. `limit`: GiB."""
-    command = [sys.executable, "-m", "bench.trainer_memory", "--child", subject, str(batch_size), "--limit", str(limit)]
-    result = subprocess.run(
-        [*command, "--threads", str(threads)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def measure(subject: str, batch_size: int, setting: Setting) -> Row:
+    """`child` in a fresh process."""
+    command = [sys.executable, "-m", "bench.trainer_memory", *setting.options(), "--child", subject, str(batch_size)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         peak, speed = result.stdout.split()[-2:]
         return Row(subject, batch_size, int(peak) / 2**20, float(speed), "ok")
     if any(word in result.stderr for word in REFUSED):
-        return Row(subject, batch_size, None, None, f"stopped by memory: more than {limit:g} GiB")
+        return Row(subject, batch_size, None, None, f"stopped by memory: more than {setting.limit_gib:g} GiB")
     raise RuntimeError(f"{subject} at {batch_size}: exit status {result.returncode}:\n{result.stderr}")
 
 
-def run(sizes: Sequence[int], limit: float, threads: int) -> list[Row]:
+def run(sizes: Sequence[int], setting: Setting) -> Iterator[Row]:
     """All sizes; eager's up to the first that is stopped."""
-    rows: list[Row] = []
     for subject in SUBJECTS:
         for size in sizes:
-            rows.append(measure(subject, size, limit, threads))
-            print(rows[-1], flush=True)
-            if rows[-1].peak_mib is None:
+            row = measure(subject, size, setting)
+            yield row
+            if row.peak_mib is None:
                 break
-    return rows
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -119,14 +130,14 @@ def plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     for subject in SUBJECTS:
         own = [row for row in rows if row.subject == subject]
         measured = [(row.batch_size, row.peak_mib / 1024) for row in own if row.peak_mib is not None]
-        (line,) = axes.plot(*zip(*measured, strict=True), "o-", label=subject)
+        (line,) = axes.plot([n for n, _ in measured], [peak for _, peak in measured], "o-", label=subject)
         stopped = [row.batch_size for row in own if row.peak_mib is None]
         axes.plot(stopped, [about["limit_gib"]] * len(stopped), "x", color=line.get_color(), markersize=12)
     axes.axhline(about["limit_gib"], color="grey", linestyle=":", label=f"limit, {about['limit_gib']:g} GiB; × stopped")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes := sorted({row.batch_size for row in rows}), [f"{size:,}" for size in sizes])
     axes.set(xlabel="contrastive batch (pairs)", ylabel="peak resident memory, GiB", ylim=(0, None))
-    axes.set_title("smartclip-train: the whole process")
+    axes.set_title(f"smartclip-train, images of {about['image_size']} pixels: the whole process")
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -137,15 +148,21 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--limit", type=float, default=6.0, metavar="GIB", help="of a process's data (default: 6)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--image-size", type=int, default=32, help="pixels; the trainer's own default is 32")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="write to OUT/<device>/")
     arguments = parser.parse_args()
+    setting = Setting(arguments.limit, arguments.threads, arguments.image_size)
     if arguments.child:
         subject, size = arguments.child
-        child(subject, int(size), arguments.limit, arguments.threads)
+        child(subject, int(size), setting)
         return
-    about = {**report.environment(), "limit_gib": arguments.limit, "steps": STEPS, "threads": arguments.threads}
-    rows = run(arguments.sizes, arguments.limit, arguments.threads)
-    write(arguments.out / report.slug(about["device"]), rows, about)
+    about = {**report.environment(), **asdict(setting), "steps": STEPS}
+    directory = arguments.out / report.slug(about["device"])
+    rows: list[Row] = []
+    for row in run(arguments.sizes, setting):
+        rows.append(row)
+        print(row, flush=True)
+        write(directory, rows, about)  # what is cut off keeps what it has
     print(table(rows))
 
 

@@ -87,6 +87,29 @@ def test_fused_losses_train_as_the_naive_ones_do(config: Configure, objective: s
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-6
 
 
+def test_an_image_that_comes_twice_is_not_pushed_from_its_other_caption(config: Configure) -> None:
+    """By the formula: equal texts are positives; of one image's copies, each other's texts count for nothing."""
+    settings = config(objective="clip", captions="short", batch_size=80, precision="float64")
+    run = Run(settings, prepare_folder(settings))
+    batch = next(batches(run.source, settings, 0))
+    generator = torch.Generator().manual_seed(0)
+    image, *texts = (torch.randn(80, 16, generator=generator, dtype=torch.float64) / 4 for _ in range(3))
+    found = run.loss(image, texts[0], None, texts[1], None, ids=batch.ids, image_ids=batch.image_ids, share=1.0)
+    expected, n_ignored = 0.0, 0
+    for text, words in zip(texts, batch.texts, strict=True):
+        positive = torch.tensor([[a == b for b in words] for a in words])
+        copies = torch.tensor([[a.key == b.key for b in batch.records] for a in batch.records])
+        ignored = copies & ~positive
+        n_ignored += int(ignored.sum())
+        logits = settings.model.initial_scale * image @ text.T
+        counted = logits.masked_fill(ignored, -torch.inf)
+        for dim in (0, 1):
+            of_positives = (logits * positive).sum(dim) / positive.sum(dim)
+            expected += 0.5 * (counted.logsumexp(dim) - of_positives).mean().item()
+    assert n_ignored > 20
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_loss_backend_is_the_one_named(config: Configure) -> None:
     with pytest.raises(ValueError, match="nonesuch"):
         train(config(loss_backend="nonesuch"), quiet=True)
