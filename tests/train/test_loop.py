@@ -101,7 +101,7 @@ def test_an_image_that_comes_twice_is_not_pushed_from_its_other_caption(config: 
         copies = torch.tensor([[a.key == b.key for b in batch.records] for a in batch.records])
         ignored = copies & ~positive
         n_ignored += int(ignored.sum())
-        logits = settings.model.initial_scale * image @ text.T
+        logits = run.model.log_scale[0].exp().item() * image @ text.T  # 14, as float32 holds its logarithm
         counted = logits.masked_fill(ignored, -torch.inf)
         for dim in (0, 1):
             of_positives = (logits * positive).sum(dim) / positive.sum(dim)
