@@ -21,7 +21,7 @@ from smartclip_kernels.train.batches import batches
 from smartclip_kernels.train.config import Config
 from smartclip_kernels.train.loop import NonFiniteError, Run, learning_rate, prepare_folder, train
 from smartclip_kernels.train.report import read_metrics
-from tests.train.processes import options
+from tests.train.processes import options, take_steps
 
 Configure = Callable[..., Config]
 
@@ -69,8 +69,7 @@ def test_chunks_do_not_change_the_gradients(config: Configure, chunk_size: int, 
     losses = []
     for size in (24, chunk_size):
         settings = config(chunk_size=size, precision="float64", out=tmp_path / str(size), steps=4)
-        train(settings, quiet=True)
-        losses.append([line["loss"] for line in read_metrics(tmp_path / str(size) / "metrics.jsonl")])
+        losses.append([numbers["loss"] for numbers in take_steps(None, settings)[0]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
@@ -80,9 +79,9 @@ def test_fused_losses_train_as_the_naive_ones_do(config: Configure, objective: s
     """50 steps in float64: the same curve to 1e-6."""
     curves = []
     for backend in ("reference", "cpu"):
-        out = tmp_path / backend
-        train(config(objective=objective, precision="float64", loss_backend=backend, steps=50, out=out), quiet=True)
-        curves.append([line["loss"] for line in read_metrics(out / "metrics.jsonl")])
+        settings = config(objective=objective, precision="float64", loss_backend=backend, steps=50)
+        logged, _, _ = take_steps(None, dataclasses.replace(settings, out=tmp_path / backend))
+        curves.append([numbers["loss"] for numbers in logged])
     assert len(curves[0]) == 50
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-6
 
