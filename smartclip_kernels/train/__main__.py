@@ -9,7 +9,8 @@ import tyro
 from smartclip_kernels.train.checkpoint import BrokenCheckpointError
 from smartclip_kernels.train.config import Config
 from smartclip_kernels.train.data import UnreadableImageError
-from smartclip_kernels.train.loop import StoppedError, train
+from smartclip_kernels.train.loop import train
+from smartclip_kernels.train.run import StoppedError
 
 
 def main() -> None:

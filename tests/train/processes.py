@@ -18,8 +18,9 @@ import torch.distributed as dist
 from smartclip_kernels.train import checkpoint
 from smartclip_kernels.train.batches import Batch, batches
 from smartclip_kernels.train.config import Config
-from smartclip_kernels.train.loop import Run, prepare_folder, train
+from smartclip_kernels.train.loop import prepare_folder, train
 from smartclip_kernels.train.ranks import Ranks
+from smartclip_kernels.train.run import Run
 
 PATIENCE = 120.0  # seconds for a run of the trainer
 
@@ -109,26 +110,26 @@ def take_steps(group: Any, config: Config, last: int = -1, poisoned: int = -1) -
 
     In a group, every rank calls. On rank `poisoned` a weight becomes NaN before step 2.
     """
-    us = Ranks() if group is None else Ranks(dist.get_rank(group), dist.get_world_size(group), group)
-    run = Run(config, us.from_first(lambda: prepare_folder(config)), us)
+    ranks = Ranks() if group is None else Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+    run = Run(config, ranks.from_first(lambda: prepare_folder(config)), ranks)
     logged, read = [], []
-    for batch in batches(run.source, config, run.step, us):
-        if run.step == 2 and us.rank == poisoned:
+    for batch in batches(run.source, config, run.step, ranks):
+        if run.step == 2 and ranks.rank == poisoned:
             next(run.model.image.projection.parameters()).data[0, 0] = torch.nan
         logged.append(run.train_step(batch))
         read.append((batch.n_images, batch.problems))
         if run.step == last:
             break
-    if us.first:
+    if ranks.first:
         run.save()
     return logged, read, {name: x.clone() for name, x in run.model.state_dict().items()}
 
 
 def take_step_of_own(group: Any, config: Config) -> tuple[list[str], list[int]]:
     """What a rank alone knows: its first batch's records, and the random numbers of steps −1 and 0."""
-    us = Ranks(dist.get_rank(group), dist.get_world_size(group), group)
-    run = Run(config, us.from_first(lambda: prepare_folder(config)), us)
-    batch: Batch = next(batches(run.source, config, 0, us))
+    ranks = Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+    run = Run(config, ranks.from_first(lambda: prepare_folder(config)), ranks)
+    batch: Batch = next(batches(run.source, config, 0, ranks))
     numbers = []
     for step in (-1, 0):
         run.seed_step(step)

@@ -23,7 +23,8 @@ from smartclip_kernels.train import checkpoint
 from smartclip_kernels.train.__main__ import main
 from smartclip_kernels.train.batches import batches
 from smartclip_kernels.train.config import Config
-from smartclip_kernels.train.loop import Run, StoppedError, prepare_folder, train
+from smartclip_kernels.train.loop import prepare_folder, train
+from smartclip_kernels.train.run import Run, StoppedError
 from tests.train.processes import options
 
 Configure = Callable[..., Config]

@@ -19,8 +19,9 @@ import smartclip_kernels as sk
 from smartclip_kernels.train import checkpoint
 from smartclip_kernels.train.batches import batches
 from smartclip_kernels.train.config import Config
-from smartclip_kernels.train.loop import NonFiniteError, Run, learning_rate, prepare_folder, train
+from smartclip_kernels.train.loop import prepare_folder, train
 from smartclip_kernels.train.report import read_metrics
+from smartclip_kernels.train.run import NonFiniteError, Run, learning_rate
 from tests.train.processes import options, take_steps
 
 Configure = Callable[..., Config]
