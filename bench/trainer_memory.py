@@ -87,13 +87,14 @@ def measure(subject: str, batch_size: int, setting: Setting) -> Row:
 
 
 def run(sizes: Sequence[int], setting: Setting) -> Iterator[Row]:
-    """All sizes; eager's up to the first that is stopped."""
-    for subject in SUBJECTS:
-        for size in sizes:
-            row = measure(subject, size, setting)
-            yield row
-            if row.peak_mib is None:
-                break
+    """Ours, the largest size first: it is what the table is for. Then eager's up to the first that is stopped."""
+    for size in sorted(sizes, reverse=True):
+        yield measure("ours", size, setting)
+    for size in sorted(sizes):
+        row = measure("eager", size, setting)
+        yield row
+        if row.peak_mib is None:
+            break
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -160,7 +161,7 @@ def main() -> None:
     directory = arguments.out / report.slug(about["device"])
     rows: list[Row] = []
     for row in run(arguments.sizes, setting):
-        rows.append(row)
+        rows = sorted([*rows, row], key=lambda row: (SUBJECTS.index(row.subject), row.batch_size))
         print(row, flush=True)
         write(directory, rows, about)  # what is cut off keeps what it has
     print(table(rows))

@@ -40,7 +40,7 @@ def test_eager_ends_where_it_is_first_stopped(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("bench.trainer_memory.measure", measured)
     rows = list(run([1, 2, 4], Setting(1.0, 1, 16)))
     assert [(row.subject, row.batch_size) for row in rows] == [
-        ("ours", 1), ("ours", 2), ("ours", 4), ("eager", 1), ("eager", 2),
+        ("ours", 4), ("ours", 2), ("ours", 1), ("eager", 1), ("eager", 2),
     ]  # fmt: skip
 
 
