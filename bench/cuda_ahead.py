@@ -26,7 +26,7 @@ FAMILIES = {"sm80": "sm_80", "sm90": "sm_90a"}
 """Namespace of the kernels -> their architecture, as `Launch` names it."""
 ELEMENTS = {"bfloat16": "__nv_bfloat16", "float16": "__half", "tf32": "Tf32", "float32": "ConfigIf"}
 """Element -> how its mangled name shows in a kernel's."""
-KERNELS = ("statistics", "gradient", "derivative", "search", "gather", "anchors", "unit")
+KERNELS = ("statistics", "gradient", "derivative", "search", "gather", "anchors", "unit", "parameter_gradient")
 
 
 @dataclass(frozen=True)

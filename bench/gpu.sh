@@ -114,7 +114,7 @@ step_tune() {
 step_configs() {
   python3 -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))' ||
     { echo "the kernels of sm_90a run on compute capability 9.0 alone"; return 1; }
-  local flags=("" -DSK_SM90_LAG=1 -DSK_SM90_LAG=3 -DSK_SM90_LAG=0 -DSK_SM90_GROUP=1024 -DSK_SM90_GROUP=4096 -DSK_SM90_WALK=8) i bad=0
+  local flags=("" -DSK_SM90_LAG=1 -DSK_SM90_LAG=3 -DSK_SM90_LAG=0 -DSK_SM90_GROUP=1024 -DSK_SM90_GROUP=4096 -DSK_SM90_WALK=8 -DSK_KEEPS_HALF=1) i bad=0
   for i in "${!flags[@]}"; do
     { cmake -S . -B "build/configs/$i" -G Ninja -DCUDA_ARCHS="90-real;90a-real" -DSMARTCLIP_CUDA=1 -DCMAKE_CUDA_FLAGS="${flags[i]}" \
         -DPython_EXECUTABLE="$(command -v python3)" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$root/build/configs/$i/lib" &&

@@ -2,7 +2,7 @@
 //
 // V is a number or a pack of numbers, M what comparing two of them gives. An objective has
 //   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state
-//   loss       of an anchor, from its statistics
+//   loss       of an anchor, from its statistics; is_anchor: whether it counts in their mean
 //   anchor     from an anchor's statistics and weight (the gradient of its loss) to the kAnchor numbers that G needs
 //   gradient   G of a pair, from its logit and both anchors
 // Nearly all candidates are not positive. Of those a sweep may do many at once:
@@ -76,6 +76,11 @@ struct Softmax {
     SK_HOST_DEVICE void add(V logit, V shift) { mass += exp(logit - shift); }
     SK_HOST_DEVICE V sum() const { return mass; }
   };
+
+  template <class V>
+  SK_HOST_DEVICE static auto is_anchor(const State<V>& state) {
+    return state.positives != V(0);
+  }
 
   // log(1 + others / positive) where a lone positive dominates: the general form would round at 1. There, max is
   // subtracted before the logarithm is added: their sum would round at the size of the logits.
@@ -183,6 +188,11 @@ struct Sigmoid {
     }
     SK_HOST_DEVICE V sum() const { return positive_part + log1p(product); }
   };
+
+  template <class V>
+  SK_HOST_DEVICE static auto is_anchor(const State<V>&) {
+    return V(0) == V(0);
+  }
 
   template <class V>
   SK_HOST_DEVICE static V loss(const State<V>& state, V) {

@@ -25,7 +25,7 @@ struct List {};
 template <class T>
 struct Side {
   int64_t size = 0;
-  const int32_t* id = nullptr;      // equal ids make a pair positive
+  const int32_t* id = nullptr;      // equal ids make a pair positive; null on a GPU: one's own number
   const int32_t* ignore = nullptr;  // equal ignore ids take a pair out that is not positive; null: none are
   const T* factor = nullptr;        // what the similarity knows of this row or column; null where it needs nothing
   T* statistics = nullptr;          // Objective::kStatistics planes, filled by the forward sweep
@@ -33,6 +33,8 @@ struct Side {
   const T* weight = nullptr;        // of every anchor: the gradient of its loss
   T* anchor = nullptr;              // Objective::kAnchor planes: what G needs of an anchor
   T* score_gradient = nullptr;      // sum of dL/dsim * sim over the other side; null where nobody needs it
+
+  SK_HOST_DEVICE int32_t id_of(int64_t index) const { return id ? id[index] : static_cast<int32_t>(index); }
 };
 
 template <class T>

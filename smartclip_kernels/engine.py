@@ -7,6 +7,7 @@ named; so is a backend (who makes the products?).
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from smartclip_kernels.operands import Operands, operands_class
 from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients, ranks_of_ids
+from smartclip_kernels.reference import reduce_losses
 from smartclip_kernels.tiles import Method, Tile, Tiles
 
 
@@ -36,7 +38,9 @@ class Launch(Protocol):
     """A backend's kernels, bound to one problem. `out`, dL/daccumulator, may be a tile's accumulators themselves."""
 
     def statistics(self, tile: Tile) -> None: ...
-    def loss(self) -> None: ...
+    def loss(self) -> Tensors:
+        """Losses of what has statistics; returns what `reduce_losses` does, empty where no reduction is asked for."""
+
     def anchor(self) -> Tensor | None:
         """Makes ready for gradients. Returns what they are to be multiplied by at the end; None: nothing."""
 
@@ -44,8 +48,8 @@ class Launch(Protocol):
         """The same, for a given dL/dsim."""
 
     def gradient(self, tile: Tile, out: list[Tensor], statistics: bool) -> None: ...
-    def parameter_gradient(self) -> Tensor:
-        """(2,): the sums of G · sim and of G over all scores, float64."""
+    def parameter_gradient(self, scale: Tensor | None, bias: Tensor | None) -> None:
+        """Writes the sums of G · sim and of G over all scores where they are asked for."""
 
     def similarity(self, tile: Tile, out: Tensor) -> None: ...
     def derivative(self, tile: Tile, grad_sim: Tensor, out: list[Tensor]) -> None: ...
@@ -61,16 +65,22 @@ class MakeLaunch(Protocol):
 class TiledBackend:
     """The operations of a backend whose launches work on tiles."""
 
-    def __init__(self, name: str, method: Method, make_launch: MakeLaunch, *, cuts_sums: bool = False) -> None:
-        self.name, self.method, self.make_launch = name, method, make_launch
+    def __init__(
+        self, name: str, method: Method, make_launch: MakeLaunch, *, cuts_sums: bool = False, needs_ids: bool = True
+    ) -> None:
+        """`needs_ids`: kernels have to be told that row i matches column i."""
+        self.name, self.method, self.make_launch, self.needs_ids = name, method, make_launch, needs_ids
         self.rounds_scores, self.cuts_sums = method.fused, cuts_sums
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         """All products are kept where they take at most half of the workspace; tiles have the other half."""
-        accumulators = operands_class(problem).accumulators
-        fits = accumulators * problem.n * problem.m * problem.dtype.itemsize <= problem.workspace // 2
-        keep = fits and problem.traits.needs_statistics and not self.method.fused
-        return (accumulators, problem.n, problem.m) if keep else (0,)
+        shape = (operands_class(problem).accumulators, problem.n, self.method.padded(problem.m))
+        fits = math.prod(shape) * problem.dtype.itemsize <= problem.workspace // 2
+        return shape if fits and problem.traits.needs_statistics and self.keeps(problem) else (0,)
+
+    def keeps(self, problem: Problem) -> bool:
+        """Whether its kernels can leave products, and it saves time."""
+        return not self.method.fused
 
     def loss(self, problem: Problem) -> Tensors:
         operands, row, column = self._sides(problem)
@@ -86,25 +96,24 @@ class TiledBackend:
         launch = self.make_launch(problem, operands.name, row, column)
         for tile in self._tiles(problem, operands, products.nbytes).scores(kept):
             launch.statistics(tile)
-        launch.loss()
-        return *losses, *statistics, products
+        return *launch.loss(), *losses, *statistics, products
 
     def loss_backward(
         self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
     ) -> Tensors:
         operands, row, column = self._sides(problem)
         row.statistics, column.statistics, products = (x.contiguous() for x in saved)
-        row.weight, column.weight = (x.contiguous() for x in weights)
+        row.weight, column.weight = weights
         return self._gradients(problem, operands, row, column, needs, products, False, unrounded)[1]
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = self._sides(problem)
         row.statistics = problem.scale.new_empty(problem.traits.statistics, problem.n, dtype=problem.dtype)
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
-        row.weight = problem.scale.new_ones(problem.n, dtype=problem.dtype)
+        weight = 1 / problem.n if problem.reduction == "mean" else 1.0
+        row.weight = problem.scale.new_full((), weight, dtype=problem.dtype).expand(problem.n)
         launch, grads = self._gradients(problem, operands, row, column, needs, problem.scale.new_empty(0), True, True)
-        launch.loss()
-        return row.loss.sum(), *grads
+        return launch.loss()[0], *grads
 
     def _gradients(
         self,
@@ -129,14 +138,11 @@ class TiledBackend:
         tiles = self._tiles(problem, operands, products.nbytes, buffers=operands.accumulators)
         kept = products if products.numel() else None
         grads = _accumulate(tiles, needs, column.score_gradient, gradient, gain, kept, unrounded=unrounded)
-        if needs.scale or needs.bias:
-            sums = launch.parameter_gradient()
-        if needs.scale:
-            grads[3].copy_(sums[0].reshape(grads[3].shape))
-        if needs.bias:
-            grads[4].copy_(sums[1].reshape(grads[4].shape))
-            if problem.traits.shift_invariant:
-                grads[4].zero_()
+        if needs.bias and problem.traits.shift_invariant:
+            grads[4].zero_()
+        bias = grads[4] if needs.bias and not problem.traits.shift_invariant else None
+        if needs.scale or bias is not None:
+            launch.parameter_gradient(grads[3] if needs.scale else None, bias)
         return launch, tuple(grads)
 
     def masked_similarity(self, problem: Problem) -> Tensor:
@@ -195,7 +201,7 @@ class TiledBackend:
         row.factor, column.factor = operands.row_factor, operands.column_factor
         if problem.image_ids is not None and problem.text_ids is not None:
             row.id, column.id = ranks_of_ids(problem.image_ids, problem.text_ids)
-        else:
+        elif self.needs_ids:
             diagonal = torch.arange(max(problem.n, problem.m), dtype=torch.int32, device=problem.image.device)
             row.id, column.id = diagonal[: problem.n], diagonal[: problem.m]
         if problem.image_ignore is not None and problem.text_ignore is not None:
@@ -224,6 +230,25 @@ class TiledBackend:
             score_bytes=score_bytes,
             swapped=swapped,
         )
+
+
+def reduced(problem: Problem, row: Side, column: Side) -> Tensors:
+    """What `Launch.loss` returns, in torch."""
+    assert row.loss is not None
+    if problem.reduction == "none":
+        return row.loss.new_empty(0), row.loss.new_empty(0)
+    columns = row.loss[:0] if column.loss is None else column.loss
+    # Where nobody gave ids, all are anchors.
+    counted = problem.image_ids is not None and problem.traits.both_sides
+    positives = (side.statistics[0] if counted and side.statistics is not None else None for side in (row, column))
+    return reduce_losses(row.loss, columns, *positives, objective=problem.objective, reduction=problem.reduction)
+
+
+def write_sums(sums: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    """What `Launch.parameter_gradient` does, from both sums."""
+    for out, x in zip((scale, bias), sums, strict=True):
+        if out is not None:
+            out.copy_(x.reshape(out.shape))
 
 
 class TileGradient(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smartclip_kernels import checks, distributed, ops  # noqa: F401  # ops registers torch.ops.smartclip
 from smartclip_kernels.backends import check_name
-from smartclip_kernels.reference import OBJECTIVES, compute_dtype, mean_of_anchors
+from smartclip_kernels.reference import OBJECTIVES, compute_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -344,16 +344,10 @@ def _arguments(
 
 
 def _one_process(arguments: tuple[Any, ...], reduction: str) -> Any:
-    image, image_ids, objective = arguments[0], arguments[5], arguments[9]
-    # Where the mean divides by N, one op is enough: by ids, a side's anchors have to be counted.
-    counted = reduction == "mean" and OBJECTIVES[objective].both_sides and image_ids is not None
-    if reduction != "none" and not counted:
-        total = torch.ops.smartclip.loss_sum(*arguments)
-        return total / image.shape[0] if reduction == "mean" else total
-    rows, columns, row_statistics, column_statistics, _ = torch.ops.smartclip.loss(*arguments)
-    if reduction == "none":
-        return (rows, columns) if OBJECTIVES[objective].both_sides else rows
-    return mean_of_anchors(rows, columns, row_statistics[0], column_statistics[0])
+    if reduction != "none":
+        return torch.ops.smartclip.reduced_loss(*arguments, reduction)
+    rows, columns, *_ = torch.ops.smartclip.loss(*arguments)
+    return (rows, columns) if OBJECTIVES[arguments[9]].both_sides else rows
 
 
 def _backend(name: str | None) -> str:

@@ -30,9 +30,11 @@ _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_sca
 _SCHEMAS = {
     "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded) -> ({_GRADS})",
-    "loss_sum": f"({_LOSS}) -> Tensor",
-    "loss_one_sweep": f"({_LOSS}, bool[] needs) -> (Tensor loss, {_GRADS})",
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False) -> ({_GRADS})",
+    "reduced_loss": f"({_LOSS}, str reduction) -> Tensor",
+    "loss_forward": f"({_LOSS}, str reduction) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
+    "Tensor column_statistics, Tensor kept)",
+    "loss_one_sweep": f"({_LOSS}, bool[] needs, str reduction='sum') -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
     "masked_similarity_backward": "(Tensor grad_sim, Tensor image, Tensor text, Tensor mask, str backend, "
     "bool[] needs) -> (Tensor grad_image, Tensor grad_text, Tensor grad_mask)",
@@ -88,7 +90,7 @@ def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Pro
 @_implement("loss")
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments)
-    return backends.resolve(arguments[-2], problem.image.device).loss(problem)
+    return backends.resolve(arguments[-2], problem.image.device).loss(problem)[2:]
 
 
 @_implement("loss_backward")
@@ -100,31 +102,48 @@ def _loss_backward(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *loss_arguments, needs, unrounded = arguments
+    loss_arguments, needs, unrounded = _split_backward(arguments)
     problem = _problem(*loss_arguments)
     backend = backends.resolve(loss_arguments[-2], problem.image.device)
     saved = (row_statistics, column_statistics, kept)
     return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs), unrounded)
 
 
-@_implement("loss_sum")
-def _loss_sum(*arguments: Any) -> Tensor:
-    problem = _problem(*arguments)
-    rows, columns, *_ = backends.resolve(arguments[-2], problem.image.device).loss(problem)
-    return _total(rows, columns, problem.objective)
+def _split_backward(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool], bool]:
+    """Those of the loss, `needs` and `unrounded`; torch leaves out what is a default."""
+    return arguments[:13], arguments[13], arguments[14:] == (True,)
 
 
-def _total(rows: Tensor, columns: Tensor, objective: str) -> Tensor:
-    """The sum of all losses, with a half of each side where both have them."""
-    return (rows.sum() + columns.sum()) / 2 if OBJECTIVES[objective].both_sides else rows.sum()
+@_implement("reduced_loss")
+def _reduced_loss(*arguments: Any) -> Tensor:
+    return _loss_forward(*arguments)[0]
+
+
+@_implement("loss_forward")
+def _loss_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """What the backward pass of a reduced loss needs beside the loss: no anchor's own loss."""
+    problem = _reduced_problem(*arguments)
+    loss, weights, _, _, *kept = backends.resolve(arguments[11], problem.image.device).loss(problem)
+    return loss, weights, *kept
+
+
+def _reduced_problem(*arguments: Any) -> Problem:
+    *loss_arguments, reduction = arguments
+    checks.choice("reduction", reduction, ("sum", "mean"))
+    return _problem(*loss_arguments)._replace(reduction=reduction)
 
 
 @_implement("loss_one_sweep")
 def _loss_one_sweep(*arguments: Any) -> tuple[Tensor, ...]:
-    *loss_arguments, needs = arguments
-    problem = _problem(*loss_arguments)
-    _no_statistics(problem.objective)
-    return backends.resolve(loss_arguments[-2], problem.image.device).loss_one_sweep(problem, Needs(*needs))
+    problem = _one_sweep_problem(*arguments)
+    return backends.resolve(arguments[11], problem.image.device).loss_one_sweep(problem, Needs(*arguments[13]))
+
+
+def _one_sweep_problem(*arguments: Any) -> Problem:
+    problem = _reduced_problem(*arguments[:13], *(arguments[14:] or ("sum",)))
+    if OBJECTIVES[problem.objective].needs_statistics:
+        raise ValueError(f"objective: got {problem.objective!r}, needs one whose gradient takes no statistics")
+    return problem
 
 
 @_implement("masked_similarity")
@@ -186,22 +205,21 @@ def _ranks_problem(
     return problem._replace(image_ids=image_ids, text_ids=text_ids)
 
 
-def _no_statistics(objective: str) -> None:
-    if OBJECTIVES[objective].needs_statistics:
-        raise ValueError(f"objective: got {objective!r}, needs one whose gradient takes no statistics")
-
-
 # --- fake: the shapes and dtypes of the results ------------------------------------------------------------------
 
 
 @_fake("loss")
 def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments)
-    n, m = problem.n, problem.m if problem.traits.both_sides else 0
-    empty = problem.scale.new_empty
-    backend = backends.resolve(arguments[-2], problem.image.device)
-    planes = problem.traits.statistics
-    return empty(n), empty(m), empty(planes, n), empty(planes, m), empty(backend.kept_shape(problem))
+    m = problem.m if problem.traits.both_sides else 0
+    return problem.scale.new_empty(problem.n), problem.scale.new_empty(m), *_kept_fake(problem, arguments[11])
+
+
+def _kept_fake(problem: Problem, backend: str) -> tuple[Tensor, ...]:
+    """Statistics of both sides, and products."""
+    m, planes = problem.m if problem.traits.both_sides else 0, problem.traits.statistics
+    shapes = ((planes, problem.n), (planes, m), backends.resolve(backend, problem.image.device).kept_shape(problem))
+    return tuple(problem.scale.new_empty(shape) for shape in shapes)
 
 
 @_fake("loss_backward")
@@ -213,20 +231,26 @@ def _loss_backward_fake(
     kept: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    *loss_arguments, needs, unrounded = arguments
+    loss_arguments, needs, unrounded = _split_backward(arguments)
     return tuple(empty_gradients(_problem(*loss_arguments), Needs(*needs), unrounded=unrounded))
 
 
-@_fake("loss_sum")
-def _loss_sum_fake(*arguments: Any) -> Tensor:
-    return _problem(*arguments).scale.new_empty(())
+@_fake("reduced_loss")
+def _reduced_loss_fake(*arguments: Any) -> Tensor:
+    return _reduced_problem(*arguments).scale.new_empty(())
+
+
+@_fake("loss_forward")
+def _loss_forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _reduced_problem(*arguments)
+    weights = problem.scale.new_empty(2 if problem.traits.both_sides else 1)
+    return problem.scale.new_empty(()), weights, *_kept_fake(problem, arguments[11])
 
 
 @_fake("loss_one_sweep")
 def _loss_one_sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _problem(*arguments[:-1])
-    _no_statistics(problem.objective)
-    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*arguments[-1]), unrounded=True)
+    problem = _one_sweep_problem(*arguments)
+    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*arguments[13]), unrounded=True)
 
 
 @_fake("masked_similarity")
@@ -316,33 +340,35 @@ class _Loss(torch.autograd.Function):
         return (None, *_or_none(grads, needs), *([None] * 8))
 
 
-class _LossSum(torch.autograd.Function):
+class _ReducedLoss(torch.autograd.Function):
     """As `_Loss`, for one incoming number: all of a side's weights are the same."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        rows, columns, *kept = _below_autograd(_ops.loss, keyset, *arguments)
+        loss, *kept = _below_autograd(_ops.loss_forward, keyset, *arguments)
         ctx.save_for_backward(*kept, *arguments[:9])
-        ctx.constants = arguments[9:]
-        with torch._C._AutoDispatchBelowAutograd():
-            return _total(rows, columns, arguments[9])
+        ctx.constants = arguments[9:13]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        weight = grad_loss / 2 if OBJECTIVES[ctx.constants[0]].both_sides else grad_loss
-        weights = (weight.expand(statistics.shape[1]) for statistics in ctx.saved_tensors[:2])
-        grads = _ops.loss_backward(*weights, *ctx.saved_tensors, *ctx.constants, needs, False)
-        return (None, *_or_none(grads, needs), *([None] * 8))
+        weights, *saved = ctx.saved_tensors
+        # Expanded, not copied: a backend can tell that they are all the same.
+        of_side = (*(weights * grad_loss).unbind(), grad_loss)  # columns that are no anchors take none of it
+        expanded = (weight.expand(x.shape[1]) for weight, x in zip(of_side, saved[:2], strict=False))
+        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False)
+        return (None, *_or_none(grads, needs), *([None] * 9))
 
 
-class _LossSumOneSweep(torch.autograd.Function):
+class _ReducedLossOneSweep(torch.autograd.Function):
     """The incoming gradient is one number, so that the forward pass can make the gradients up to that factor."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        *loss_arguments, reduction = arguments
         ctx.save_for_backward(*arguments[:9])
-        ctx.constants = (*arguments[9:], list(ctx.needs_input_grad[1:6]))
+        ctx.constants = (*loss_arguments[9:], list(ctx.needs_input_grad[1:6]), reduction)
         loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments[:9], *ctx.constants)
         return loss
 
@@ -353,15 +379,15 @@ class _LossSumOneSweep(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
-        needs = ctx.constants[-1]
-        # Not rounded before the factor: 1/N, or a gradient scaler's, decides what half precision can hold.
+        needs = ctx.constants[-2]
+        # Not rounded before the factor, a gradient scaler's for one: it decides what half precision can hold.
         with torch.no_grad():
             scaled = tuple(
                 grad.mul_(grad_loss).to(x.dtype) if need else grad
                 for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
             )
         scaled = first_order(scaled, (grad_loss, *ctx.saved_tensors))
-        return (None, *_or_none(scaled, needs), *([None] * 8))
+        return (None, *_or_none(scaled, needs), *([None] * 9))
 
 
 class _MaskedSimilarity(torch.autograd.Function):
@@ -383,7 +409,7 @@ def _resolved(arguments: tuple[Any, ...], at: int) -> tuple[Any, ...]:
     device = arguments[0].device
     decided: list[Any] = list(arguments)
     decided[at] = backends.resolve(arguments[at], device).name
-    if len(arguments) > at + 1 and not arguments[at + 1]:
+    if len(arguments) > at + 1 and not arguments[at + 1]:  # a workspace
         decided[at + 1] = backends.workspace_bytes(device)
     return tuple(decided)
 
@@ -401,17 +427,17 @@ def _with_autograd(name: str, backend_at: int, function: Callable[..., Any]) -> 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-def _sum_function(*arguments: Any) -> Any:
+def _reduced_function(*arguments: Any) -> Any:
     checks.choice("objective", arguments[9], tuple(OBJECTIVES))
-    return _LossSum if OBJECTIVES[arguments[9]].needs_statistics else _LossSumOneSweep
+    return _ReducedLoss if OBJECTIVES[arguments[9]].needs_statistics else _ReducedLossOneSweep
 
 
 _with_autograd("loss", 11, lambda *_: _Loss)
-_with_autograd("loss_sum", 11, _sum_function)
+_with_autograd("reduced_loss", 11, _reduced_function)
 _with_autograd("masked_similarity", 3, lambda *_: _MaskedSimilarity)
 
 
-def _withfirst_order(name: str) -> None:
+def _with_first_order(name: str) -> None:
     op = getattr(_ops, name)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
@@ -431,9 +457,10 @@ def _without_gradient(name: str) -> None:
 
 _without_gradient("masked_topk")
 _without_gradient("retrieval_ranks")
-_withfirst_order("loss_backward")
-_withfirst_order("loss_one_sweep")
-_withfirst_order("masked_similarity_backward")
+_without_gradient("loss_forward")
+_with_first_order("loss_backward")
+_with_first_order("loss_one_sweep")
+_with_first_order("masked_similarity_backward")
 
 
 # --- autocast: image, text and a floating mask go to the autocast dtype, as `mm` would send them -------------------
@@ -462,6 +489,6 @@ def _with_autocast(name: str, key: str) -> None:
     _library.impl(name, kernel, key)
 
 
-for _op in ("loss", "loss_sum", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
+for _op in ("loss", "reduced_loss", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
     _with_autocast(_op, "AutocastCPU")
     _with_autocast(_op, "AutocastCUDA")

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     objective: str = "softmax"
     label_smoothing: float = 0.0
     workspace: int = 0  # bytes
+    reduction: str = "none"  # or "sum" or "mean", to one number
 
     @property
     def n(self) -> int:
@@ -82,18 +83,20 @@ class Backend(Protocol):
         """Shape of the products that `loss` keeps for `loss_backward`; (0,) where they do not fit the workspace."""
 
     def loss(self, problem: Problem) -> Tensors:
-        """rows (N,), columns (M,), statistics of rows and columns (planes, N or M), kept products."""
+        """The loss and what each side's losses count in it, as `reference.reduce_losses`; rows (N,), columns (M,),
+        statistics of rows and columns (planes, N or M), kept products."""
 
     def loss_backward(
         self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
     ) -> Tensors:
         """Gradients, from what `loss` returned after the losses and the gradients of rows and columns.
 
-        Statistics may know of more candidates than the problem has. `unrounded`: in the scores' dtype.
+        Statistics may know of more candidates than the problem has. The gradients of rows and columns may be one
+        number, expanded. `unrounded`: in the scores' dtype.
         """
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        """The sum of all losses (0-D) and its gradients in the scores' dtype, for an objective without statistics."""
+        """The loss (0-D) and its gradients in the scores' dtype, for an objective without statistics."""
 
     def masked_similarity(self, problem: Problem) -> Tensor: ...
 

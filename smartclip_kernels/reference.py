@@ -143,26 +143,39 @@ def anchor_losses(
     return rows, columns, positive.sum(1).to(logits.dtype), positive.sum(0).to(logits.dtype)
 
 
-def mean_of_anchors(rows: Tensor, columns: Tensor, row_positives: Tensor, column_positives: Tensor) -> Tensor:
-    """½ of the mean over each side's anchors: those with a positive. A side without any contributes 0."""
-    row_anchors = (row_positives > 0).sum().clamp(min=1)
-    column_anchors = (column_positives > 0).sum().clamp(min=1)
-    return (rows.sum() / row_anchors + columns.sum() / column_anchors) / 2
+def reduce_losses(
+    rows: Tensor,
+    columns: Tensor,
+    row_positives: Tensor | None,
+    column_positives: Tensor | None,
+    *,
+    objective: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch (0-D) by "mean" or "sum", and what each side's losses count in it: (2,), or (1,) of rows.
+
+    Where both sides have losses each counts ½. A mean is over a side's anchors, those with a positive (None: all have
+    one); a side without any contributes 0. The sigmoid's is over all N rows.
+    """
+    both = OBJECTIVES[objective].both_sides
+    sides, share = ((rows, columns), 0.5) if both else ((rows,), 1.0)
+    if reduction == "sum":
+        weights = rows.new_full((len(sides),), share)
+    elif not both or row_positives is None or column_positives is None:
+        weights = torch.stack([rows.new_full((), share / len(x)) for x in sides])
+    else:
+        anchors = torch.stack([(x > 0).sum() for x in (row_positives, column_positives)])
+        weights = share / anchors.clamp(min=1).to(rows.dtype)
+    return (torch.stack([x.sum() for x in sides]) * weights).sum(), weights
 
 
 def reduce(
     rows: Tensor, columns: Tensor, row_positives: Tensor, column_positives: Tensor, *, objective: str, reduction: str
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of a batch from its anchors' losses: "mean", "sum" or "none"."""
-    if not OBJECTIVES[objective].both_sides:
-        if reduction == "none":
-            return rows
-        return rows.sum() if reduction == "sum" else rows.sum() / len(rows)
     if reduction == "none":
-        return rows, columns
-    if reduction == "sum":
-        return (rows.sum() + columns.sum()) / 2
-    return mean_of_anchors(rows, columns, row_positives, column_positives)
+        return (rows, columns) if OBJECTIVES[objective].both_sides else rows
+    return reduce_losses(rows, columns, row_positives, column_positives, objective=objective, reduction=reduction)[0]
 
 
 def loss(

@@ -29,9 +29,13 @@ class Method:
     search_bytes: float = 0.0
     """the same, in a search for the best scores"""
 
+    def padded(self, columns: int) -> int:
+        """The kernels write rows in pieces of 16 bytes, and Triton asks for multiples of 16 numbers."""
+        return -(-columns // 16) * 16 if self.fused else columns
+
 
 class Tile(NamedTuple):
-    """A part of the scores: what its products are made of, and, unless the kernels make them, the products."""
+    """A part of the scores: what its products are made of, and the products, or none where the kernels make them."""
 
     rows: slice
     columns: slice
@@ -63,12 +67,8 @@ class Tiles:
     @cached_property
     def buffers(self) -> Tensor:
         """Tiles in the precision of the operands; not made where nobody asks for one."""
-        numbers = self.shape[0] * self._padded(self.shape[1])
+        numbers = self.shape[0] * self.method.padded(self.shape[1])
         return self.problem.image.new_empty(self.count, numbers, dtype=self.operands.dtype)
-
-    def _padded(self, columns: int) -> int:
-        """The kernels write rows in pieces of 16 bytes, and Triton asks for multiples of 16 numbers."""
-        return -(-columns // 16) * 16 if self.method.fused else columns
 
     def row_panels(self) -> Iterator[tuple[slice, Tensors]]:
         make = self.operands.columns if self.swapped else self.operands.rows
@@ -83,7 +83,7 @@ class Tiles:
             yield panel, make(panel)
 
     def buffer(self, k: int, rows: slice, columns: slice) -> Tensor:
-        shape = (rows.stop - rows.start, self._padded(columns.stop - columns.start))
+        shape = (rows.stop - rows.start, self.method.padded(columns.stop - columns.start))
         return self.buffers[k, : shape[0] * shape[1]].view(shape)[:, : columns.stop - columns.start]
 
     def outputs(self, rows: slice, columns: slice) -> list[Tensor]:
@@ -99,12 +99,15 @@ class Tiles:
         return Tile(rows[0], columns[0], rows[1], columns[1], out)
 
     def scores(self, kept: Tensor | None = None) -> Iterator[Tile]:
-        """Every tile; its products are among those kept, else in the buffers."""
+        """Every tile; its products are, or the kernels leave them, among those kept; else they are in the buffers."""
         for rows in self.row_panels():
             for columns in self.column_panels():
                 box = rows[0], columns[0]
-                out = [] if self.method.fused else self.outputs(*box) if kept is None else [x[box] for x in kept]
-                yield self.tile(rows, columns, out)
+                if kept is None:
+                    yield self.tile(rows, columns, [] if self.method.fused else self.outputs(*box))
+                else:
+                    out = [x[box] for x in kept]
+                    yield self.tile(rows, columns, out)._replace(accumulators=out)
 
 
 def tile_shape(

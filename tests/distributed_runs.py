@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, cast
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smartclip_kernels as sk
+from smartclip_kernels.distributed.loss import Call
 from smartclip_kernels.testing import Inputs, make_inputs
 
 
@@ -171,3 +175,106 @@ def smartclip_module(group: dist.ProcessGroup, whole: Inputs, rows: list[int]) -
     loss = sk.SmartClipLoss(sparsity_weight=0.7, group=group)(x.image, x.text, x.mask, x.logit_scale, x.logit_bias)
     assert isinstance(loss, Tensor)
     return loss.detach(), torch.autograd.grad(loss, wanted["mask"])[0]
+
+
+DISAGREEMENTS: dict[str, str] = {
+    "width": "embedding width: all ranks of the group need the same, got rank 1 9; ranks 0, 2 8",
+    "dtype": "dtype: all ranks of the group need the same, got rank 1 torch.float64; ranks 0, 2 torch.float32",
+    "objective": "objective: all ranks of the group need the same, got rank 1 sigmoid; ranks 0, 2 softmax",
+    "mask": "mask: all ranks of the group need the same, got rank 1 torch.bool; ranks 0, 2 None",
+    "bias": "logit_bias: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
+    "ids": "image_ids and text_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
+    "ignore": "ignore_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
+    "smoothing": "label_smoothing: all ranks of the group need the same, got rank 1 0.1; ranks 0, 2 0.0",
+    "reduction": "reduction: all ranks of the group need the same, got rank 1 sum; ranks 0, 2 mean",
+    "strategy": "strategy: all ranks of the group need the same, got rank 1 ring; ranks 0, 2 gather",
+    "locked": "gradients wanted: all ranks of the group need the same, got rank 1 ['text']; ranks 0, 2 ['image', ",
+    "flags": "semantics: all ranks of the group need the same, got rank 1 {",
+}
+
+
+def disagree(group: dist.ProcessGroup, what: str) -> str:
+    """Rank 1 calls otherwise. What it comes to, here; after it the group is as good as before."""
+    odd = dist.get_rank(group) == 1
+    width, dtype = 9 if odd and what == "width" else 8, torch.float64 if odd and what == "dtype" else torch.float32
+    image, text = (torch.randn(4, width, dtype=dtype, requires_grad=True) for _ in range(2))
+    if odd and what == "locked":
+        image = image.detach()
+    ids = torch.arange(4)
+    options: dict[str, dict[str, Any]] = {
+        "bias": {"logit_bias": 1.0},
+        "ids": {"image_ids": ids, "text_ids": ids},
+        "ignore": {"ignore_ids": (ids, ids)},
+        "smoothing": {"label_smoothing": 0.1},
+        "reduction": {"reduction": "sum"},
+        "strategy": {"strategy": "ring"},
+    }
+    changes = options.get(what, {}) if odd else {}
+    try:
+        if odd and what == "objective":
+            sk.siglip_loss(image, text, 2.0, group=group)
+        elif odd and what == "mask":
+            sk.smartclip_loss(image, text, text > 0, 2.0, group=group)
+        elif what == "flags":
+            flags = {"rank": dist.get_rank(group), "world_size": dist.get_world_size(group)}
+            sk.ClipLoss(local_loss=odd, group=group, **cast(dict[str, Any], flags))(image, text, 2.0)
+        else:
+            sk.clip_loss(image, text, 2.0, group=group, **changes)
+    except RuntimeError as error:
+        sk.clip_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0, group=group)
+        return str(error)
+    return "nothing was raised"
+
+
+def one_bad_input(group: dist.ProcessGroup) -> tuple[str, str]:
+    image = torch.ones(4, 8)
+    text = torch.ones(4, 7) if dist.get_rank(group) == 1 else torch.ones(4, 8)
+    try:
+        sk.clip_loss(image, text, 2.0, group=group)
+    except (RuntimeError, ValueError) as error:
+        return type(error).__name__, str(error)
+    return "nothing", "was raised"
+
+
+def out_of_step(group: dist.ProcessGroup, objective: str) -> str:
+    """Rank 1 goes backward while the others begin another step."""
+    x, _ = leaves(make_inputs(4, d=8, objective=objective))
+    loss = distributed_loss(x, group, Options())
+    try:
+        if dist.get_rank(group) == 1:
+            loss.backward()
+        else:
+            distributed_loss(x, group, Options())
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def lose_one(group: dist.ProcessGroup, when: str, objective: str, strategy: str) -> str:
+    """Rank 1 ends, or hangs, between two steps or in the middle of one. What becomes of the others' next step."""
+    x, _ = leaves(make_inputs(4, d=8, objective=objective))
+    distributed_loss(x, group, Options(strategy)).backward()
+    if dist.get_rank(group) == 1:
+        if when == "between":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif when == "hang":
+            time.sleep(3600)
+        visits = {"forward": 1, "backward": 2 if strategy == "gather" else 1 + dist.get_world_size(group)}
+        _end_at_visit(visits[when])
+    try:
+        distributed_loss(x, group, Options(strategy)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def _end_at_visit(last: int) -> None:
+    """This process is killed when it is about to score a block for the last of so many times."""
+    arguments, visits = Call.arguments, iter(range(1, last))
+
+    def until_the_end(call: Call, *where: Any) -> Any:
+        if next(visits, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return arguments(call, *where)
+
+    Call.arguments = until_the_end  # type: ignore[assignment, method-assign]

@@ -45,11 +45,15 @@ class Ranks:
         None: the process ended. One that does neither within PATIENCE is killed, and the test fails.
         """
         among = self.size if among is None else among
+        self.begin(function, *arguments, among=among)
+        return [self.outcome(rank) for rank in range(among)]
+
+    def begin(self, function: Callable[..., Any], *arguments: Any, among: int) -> None:
         for pipe in self.pipes[:among]:
             pipe.send_bytes(pickle.dumps((function, among, arguments)))
-        return [self._outcome(rank) for rank in range(among)]
 
-    def _outcome(self, rank: int) -> Any:
+    def outcome(self, rank: int) -> Any:
+        """Of what was begun."""
         if not self.pipes[rank].poll(PATIENCE):
             self.close()
             raise AssertionError(f"rank {rank} neither returned nor raised for {PATIENCE:.0f} s")

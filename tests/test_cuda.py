@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import smartclip_kernels as sk
 from bench import cuda_ahead
-from smartclip_kernels import backends, reference, testing
+from smartclip_kernels import backends, ops, reference, testing
 from smartclip_kernels.backends import cpu, cuda
+from smartclip_kernels.problem import Problem
 from smartclip_kernels.testing import check_loss, make_inputs
 from tests.simulated import NOT_SIMULATED
 
@@ -135,8 +139,19 @@ def test_addresses_are_checked() -> None:
     launch = make(**arguments, row=side, column=side, multiprocessors=1)
     panel = ([x.data_ptr()], 8)
     box = (0, 8, 0, 8)
-    with pytest.raises(ValueError, match="id is null"):
-        launch.statistics(box, 8, panel, panel, 0, x.data_ptr(), x.data_ptr())
+    with pytest.raises(ValueError, match="id is given for one side only"):
+        make(**arguments, row=side | {"id": x.data_ptr()}, column=side, multiprocessors=1)
+    with pytest.raises(ValueError, match="statistics or loss is null"):
+        launch.gather((x.data_ptr(), 1, 8, 0, True), (x.data_ptr(), 1, 8, 0, True))
+    filled = side | {"statistics": x.data_ptr(), "loss": x.data_ptr()}
+    launch = make(**arguments, row=filled, column=filled, multiprocessors=1)
+    whole = (x.data_ptr(), 1, 8, 0, True)
+    with pytest.raises(ValueError, match="merged where they are anchors"):
+        launch.gather(whole, None)
+    with pytest.raises(ValueError, match="outside the side"):
+        launch.gather(whole, (x.data_ptr(), 1, 9, 0, True))
+    with pytest.raises(ValueError, match="by the last block to arrive"):
+        launch.gather(whole, whole, "sum", 0, x.data_ptr(), x.data_ptr())
     with pytest.raises(ValueError, match="outside the scores"):
         launch.statistics((0, 9, 0, 8), 8, panel, panel, 0, x.data_ptr(), x.data_ptr())
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
@@ -149,6 +164,108 @@ def test_addresses_are_checked() -> None:
         make(**arguments | {"element": "float8"}, row=side, column=side, multiprocessors=1)
     with pytest.raises(ValueError, match="factor is null"):
         make(**arguments | {"similarity": "masked_cosine"}, row=side, column=side, multiprocessors=1)
+
+
+# On a GPU the library multiplies half precision as it is: nothing is widened.
+NO_LAUNCH = {"to", "_to_copy", "empty", "new_empty", "empty_like"}
+NO_LAUNCH |= {"expand", "select", "slice", "unbind", "t", "numpy_T", "permute", "view", "detach"}
+
+
+class Launches(TorchDispatchMode):
+    """The names of what a GPU would be sent: torch's operations that are more than a view, and the kernels."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        real = cuda.compiled()
+
+        def make(**arguments: Any) -> Any:
+            return Recorded(real.Launch(**arguments), self.names)
+
+        monkeypatch.setattr(cuda, "compiled", lambda: SimpleNamespace(**vars(real) | {"Launch": make}))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if func.namespace == "smartclip":
+            with self:
+                return getattr(ops, f"_{name}")(*args, **(kwargs or {}))
+        if name not in NO_LAUNCH:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Recorded:
+    def __init__(self, launch: Any, names: list[str]) -> None:
+        self.launch, self.names = launch, names
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            if name != "slots":
+                self.names.append(name)
+            return getattr(self.launch, name)(*arguments)
+
+        return call
+
+
+@emulated
+def test_how_many_launches_a_small_batch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a batch is one tile, launches are what it costs. `ones_like` is autograd's own."""
+    image, text = (torch.randn(40, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    scale = torch.tensor(10.0, requires_grad=True)
+    with Launches(monkeypatch) as launches:
+        loss = sk.clip_loss(image, text, scale, backend="cuda")
+        assert launches.names == ["statistics", "gather"]
+        launches.names.clear()
+        loss.backward()
+        products = ["addmm_", "mul", "addmm_", "mul"]  # each times the gain, and rounded
+        assert sorted(launches.names) == sorted(
+            ["ones_like", "mul", "anchors", "gradient", *products, "parameter_gradient"]
+        )
+        launches.names.clear()
+        loss = sk.siglip_loss(image, text, scale, backend="cuda")
+        assert sorted(launches.names) == sorted(
+            ["new_full", "anchors", "gradient", "gather", *["addmm_", "mul_"] * 2, "parameter_gradient"]
+        )
+
+
+@emulated
+@pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
+def test_products_of_float32_are_kept_where_they_fit(
+    similarity: Any, monkeypatch: pytest.MonkeyPatch, set_workspace: Callable[[float], None]
+) -> None:
+    """Then the backward sweep has no products to make: it does not even look at the operands."""
+    inputs = make_inputs(140, 261, 24, similarity=similarity, objective="softmax", ids=True, bias=-1.0)
+    check_loss(inputs, backend="cuda")
+    kept = testing.evaluate(inputs, testing.fused_loss("cuda")).values
+    problem = Problem(inputs.image, inputs.text, inputs.mask, torch.ones(()), workspace=1 << 20)
+    assert backends.load("cuda").kept_shape(problem)[0] == (1 if similarity == "dot" else 2)
+    real = cuda.CudaLaunch._part
+
+    def without_operands(self: Any, tile: Any) -> Any:
+        if tile.accumulators and self.image.anchor is not None:
+            nan = [tuple(torch.full_like(x, torch.nan) for x in tile[k]) for k in (2, 3)]
+            tile = self.nan = tile._replace(row_operands=nan[0], column_operands=nan[1])
+        return real(self, tile)
+
+    monkeypatch.setattr(cuda.CudaLaunch, "_part", without_operands)
+    for name, value in testing.evaluate(inputs, testing.fused_loss("cuda")).values.items():
+        assert torch.equal(value, kept[name]), name
+    monkeypatch.undo()
+    set_workspace(0.2)
+    for name, value in testing.evaluate(inputs, testing.fused_loss("cuda")).values.items():
+        assert (value - kept[name]).abs().max() <= 1e-5 * kept[name].abs().max(), name
+
+
+@emulated
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_is_reduced_over_all_parts(
+    objective: str, reduction: str, set_workspace: Callable[[float], None]
+) -> None:
+    """By the last block of the last part: whatever the order of blocks, and where some are no anchors."""
+    inputs = make_inputs(700, 1100, 8, objective=objective, dtype=torch.bfloat16, ids=True)
+    set_workspace(1)
+    check_loss(inputs, reduction, backend="cuda")
 
 
 def test_it_is_the_default_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

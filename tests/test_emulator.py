@@ -503,9 +503,9 @@ def test_options_that_there_are_not(micro: Micro, options: str, choose: Callable
 
 
 PIPELINE = "product_bfloat16,6,128,192,99,104"
-CLEAN = ["hand_over,1,0", "hand_over_in_warp,1,0", "two_blocks,3,32", "own_copy,1,0", "left_behind,5", PIPELINE,
-         "product_tf32,6,128,192,20,104"]  # fmt: skip
-RACES = ["hand_over,1,1", "hand_over,1,2", "hand_over_in_warp,1,1", "two_blocks,2,0", "own_copy,1,1",
+CLEAN = ["hand_over,1,0", "hand_over_in_warp,1,0", "two_blocks,3,32", "arrivals,5,5,0", "own_copy,1,0", "left_behind,5",
+         PIPELINE, "product_tf32,6,128,192,20,104"]  # fmt: skip
+RACES = ["hand_over,1,1", "hand_over,1,2", "hand_over_in_warp,1,1", "two_blocks,2,0", "arrivals,5,5,1", "own_copy,1,1",
          "product_no_barrier_after_wait,1,64,64,99,104", "product_no_barrier_before_copy,1,64,64,99,104"]  # fmt: skip
 
 
@@ -514,6 +514,16 @@ def sanitizer() -> None:
     reason = build.why_not_sanitized()
     if reason is not None:
         pytest.skip(reason)
+
+
+def arrivals(micro: Micro) -> Tensor:
+    return micro("arrivals", [torch.zeros(1, dtype=torch.int32)], torch.empty(6, dtype=torch.int32), [5], blocks=5)
+
+
+@pytest.mark.parametrize("order", ["", *ORDERS])
+def test_the_last_block_to_arrive_sees_what_all_wrote(micro: Micro, order: str, choose: Callable[[str], None]) -> None:
+    choose(order)
+    assert arrivals(micro).tolist() == [60, 10, 11, 12, 13, 14]
 
 
 @pytest.mark.usefixtures("sanitizer")
@@ -687,6 +697,7 @@ def every_output(micro: Micro) -> dict[str, Tensor]:
     outputs = {
         "identities": micro("identities", [], identities(), blocks=3),
         "any": micro("any", [(x > 2).int()], x.int()),
+        "arrivals": arrivals(micro),
         "load_matrices": micro("load_matrices", [rows, address], rows),
         "copy": micro("copy", [rows, sizes], rows),
         "round_operands": micro("round_operands", [hard], hard, blocks=len(hard) // 256),

@@ -50,8 +50,8 @@ def test_opcheck_loss(backend: str, objective: str, masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("objective", reference.OBJECTIVES)
-def test_opcheck_loss_sum(backend: str, objective: str, masked: bool) -> None:
-    torch.library.opcheck(ops.loss_sum.default, loss_arguments(objective, backend, masked=masked))
+def test_opcheck_reduced_loss(backend: str, objective: str, masked: bool) -> None:
+    torch.library.opcheck(ops.reduced_loss.default, (*loss_arguments(objective, backend, masked=masked), "mean"))
 
 
 @pytest.mark.parametrize("objective", reference.OBJECTIVES)

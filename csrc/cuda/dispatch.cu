@@ -1,4 +1,4 @@
-// Which kernels were built, and the one kernel that is the same for all.
+// Which kernels were built, and the kernels that are the same for all.
 #include "kernels.h"
 #include "vectors.cuh"
 
@@ -34,7 +34,12 @@ const Kernels* find(const std::string& architecture, const std::string& element,
 }
 
 void unit_of(const Unit& p, Stream stream) {
-  launch("unit", unit<kUnitThreads>, {1, kUnitThreads, sizeof(float) * kUnitThreads / 32}, stream, p);
+  launch("unit", unit<kOneBlock>, {1, kOneBlock, sizeof(float) * kOneBlock / 32}, stream, p);
+}
+
+void parameter_gradient_of(const ParameterGradient& p, Stream stream) {
+  launch("parameter_gradient", parameter_gradient<kOneBlock>, {1, kOneBlock, sizeof(double) * kOneBlock / 32}, stream,
+         p);
 }
 
 }  // namespace smartclip::cuda

@@ -24,11 +24,19 @@ struct Tile {
   const int32_t* inexact = nullptr;  // on the device: not 0 where low halves of the columns' operands count
 };
 
+// The products of a part, where they are kept from the forward sweep for the backward one.
+struct Kept {
+  float* matrix[2] = {};  // (rows, columns), one for each accumulator; null: not kept
+  int64_t stride = 0;     // an even number
+};
+
 // What every kernel of scores takes. A walk is a tile of one side and one of `parts` runs of tiles of the other.
 struct Scores {
   Problem<float> problem;
   Tile tile;
+  Kept kept;  // written by statistics, read by gradient
   int tiles_a_walk = 1, parts = 1;
+  uint32_t* arrived = nullptr;  // set to 0, for gather(); may be null
 };
 
 struct Statistics : Scores {
@@ -60,19 +68,40 @@ struct Search : Scores {
   const int64_t* best = nullptr;  // kAhead: key of each of the tile's anchors
 };
 
-// One side's vectors.
-struct Gather {
-  const float* partials = nullptr;  // (planes, blocks, count)
-  int blocks = 0, count = 0;
-  int64_t start = 0;  // of the side's anchors
+// Partial states of a panel of one side, and how they are merged: into what is there, unless they are the first.
+struct Partials {
+  const float* states = nullptr;  // (planes, slots, count)
+  int slots = 0, count = 0;       // no anchors: count is 0
+  int64_t start = 0;              // of the side's anchors
   bool first = false;
-  float smoothing = 0;
-  Side<float> side;
 };
 
+// Of a block's anchors.
+struct LossSum {
+  double loss, anchors;
+};
+
+enum class Reduction : int { kNone, kSum, kMean };
+
+struct Gather {
+  Side<float> row, column;
+  Partials row_partials, column_partials;
+  float smoothing = 0;
+  LossSum* sums = nullptr;  // of every kVectorThreads rows, then columns; null: losses are not summed
+  // Of the whole problem, after its last part: the loss (one number), and what each side's losses count in it (two).
+  Reduction reduction = Reduction::kNone;
+  float *loss = nullptr, *weights = nullptr;
+  uint32_t* arrived = nullptr;
+};
+
+// In half precision weights are divided by a unit, and `gain` is scale times that.
 struct Anchors {
-  Side<float> side;
-  const float* unit = nullptr;  // weights are divided by it; null: 1
+  Side<float> row, column;  // where only rows are anchors, the columns' size is 0
+  bool uniform = false;     // a side's weights are one number
+  float* unit = nullptr;    // null: 1. Made here of uniform weights, else given
+  float room = 1;           // what the largest weight becomes
+  const float* scale = nullptr;
+  float* gain = nullptr;
   float smoothing = 0;
 };
 
@@ -81,6 +110,15 @@ struct Unit {
   int64_t size[2] = {};
   float room = 1;  // what the largest becomes
   float* unit = nullptr;
+  const float* scale = nullptr;
+  float* gain = nullptr;  // scale times unit; may be null
+};
+
+struct ParameterGradient {
+  const double* sums = nullptr;  // (count, 2)
+  int64_t count = 0;
+  const float* unit = nullptr;              // null: 1
+  float *scale = nullptr, *bias = nullptr;  // either may be null
 };
 
 // How many results a kernel leaves of each row, of each column, and of all scores.
@@ -116,12 +154,15 @@ struct Kernels {
 
   Plan (*plan)(int rows, int columns, int multiprocessors);
   int accumulators, statistics_planes, anchor_planes, row_operands, column_operands, element_bytes;
-  bool factors, low_halves, needs_statistics, both_sides;
+  bool factors, low_halves, needs_statistics, both_sides, keeps;
   const Resources* resources;  // of the kernels of scores
   int resources_count;
 };
 
+constexpr int kVectorThreads = 128;
+
 void unit_of(const Unit&, Stream);
+void parameter_gradient_of(const ParameterGradient&, Stream);
 
 // Architectures: "sm_80", whose kernels run on later ones, too, and "sm_90a", where built: half precision on 9.0 alone.
 // Elements: "bfloat16", "float16", "float32", and "tf32", float32 rounded as it is multiplied. Null: no kernel is so

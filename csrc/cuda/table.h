@@ -1,5 +1,5 @@
 // From an architecture's launches to the table of its kernels. `Of<Similarity, Objective>` has launch_statistics,
-// launch_gradient, launch_derivative, launch_search, plan, kElementBytes and kResources.
+// launch_gradient, launch_derivative, launch_search, plan, kElementBytes, kKeeps and kResources.
 #pragma once
 
 #include "tile/passes.h"
@@ -9,12 +9,14 @@ namespace smartclip::cuda {
 
 template <class Objective>
 void launch_gather(const Gather& p, Stream stream) {
-  launch("gather", gather<Objective>, {blocks_of(p.count), kVectorThreads}, stream, p);
+  const int64_t blocks = blocks_of(p.row_partials.count) + blocks_of(p.column_partials.count);
+  launch("gather", gather<Objective>, {blocks, kVectorThreads, sizeof(GatherShared)}, stream, p);
 }
 
 template <class Objective>
 void launch_anchors(const Anchors& p, Stream stream) {
-  launch("anchors", anchors<Objective>, {blocks_of(p.side.size), kVectorThreads}, stream, p);
+  const int64_t blocks = blocks_of(p.row.size) + blocks_of(p.column.size);
+  launch("anchors", anchors<Objective>, {blocks, kVectorThreads}, stream, p);
 }
 
 // Null where dL/dsim is dL/daccumulator already.
@@ -45,6 +47,7 @@ const Kernels kKernels = {
     Passes<Similarity, Of::kElementBytes == 2>::kLow,
     Objective::kNeedsStatistics,
     Objective::kBothSides,
+    Of::kKeeps,
     Of::kResources,
     sizeof(Of::kResources) / sizeof(Resources),
 };

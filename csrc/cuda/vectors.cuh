@@ -1,4 +1,5 @@
-// What is done once for every row or column: partial states merged, anchors made ready, a unit for half precision.
+// What is done once for every row or column: partial states merged into losses, anchors made ready, a unit for half
+// precision.
 #pragma once
 
 #include "kernels.h"
@@ -7,8 +8,6 @@
 #include "tile/reduce.h"
 
 namespace smartclip::cuda {
-
-constexpr int kVectorThreads = 128;
 
 template <class State>
 SK_DEVICE State load_planes(const float* from, int64_t plane) {
@@ -26,39 +25,127 @@ SK_DEVICE void store_planes(float* out, int64_t plane, const State& state) {
   for (int k = 0; k < int(sizeof(State) / sizeof(float)); ++k) out[k * plane] = numbers[k];
 }
 
-// Merges the blocks' states in their order into the side's. The losses are those of what has been merged so far.
+SK_HOST_DEVICE int64_t blocks_of(int64_t count) { return (count + kVectorThreads - 1) / kVectorThreads; }
+
+// Of a block's threads, in a fixed order. All of them get it.
+template <int kThreads>
+SK_DEVICE double block_sum(double x, double (&warps)[kThreads / ptx::kWarp]) {
+  x = Lanes<1, ptx::kWarp>::sum(x);
+  ptx::sync_block();  // what is here of a sum before has been read
+  if (ptx::lane_index() == 0) warps[ptx::warp_index()] = x;
+  ptx::sync_block();
+  double sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / ptx::kWarp; ++warp) sum += warps[warp];
+  return sum;
+}
+
+struct GatherShared {
+  double warps[kVectorThreads / ptx::kWarp];
+  bool last;
+};
+
+// Merges the slots' states in their order into one of the side's, and makes the loss of what has been merged so far.
+template <class Objective>
+SK_DEVICE void merge_states(const Side<float>& side, const Partials& partials, int index, float smoothing,
+                            LossSum& sum) {
+  using State = typename Objective::template State<float>;
+  if (index >= partials.count) return;
+  float* const into = side.statistics + partials.start + index;
+  State state = partials.first ? State::empty() : load_planes<State>(into, side.size);
+  const int64_t plane = int64_t(partials.slots) * partials.count;
+  for (int slot = 0; slot < partials.slots; ++slot)
+    state.merge(load_planes<State>(partials.states + int64_t(slot) * partials.count + index, plane));
+  store_planes(into, side.size, state);
+  const float loss = Objective::loss(state, smoothing);
+  side.loss[partials.start + index] = loss;
+  sum = {loss, Objective::is_anchor(state) ? 1.0 : 0.0};
+}
+
+SK_DEVICE LossSum sum_of(const LossSum* sums, int64_t count, double (&warps)[kVectorThreads / ptx::kWarp]) {
+  LossSum sum{};
+  for (int64_t k = ptx::thread_index(); k < count; k += kVectorThreads) {
+    sum.loss += sums[k].loss;
+    sum.anchors += sums[k].anchors;
+  }
+  return {block_sum<kVectorThreads>(sum.loss, warps), block_sum<kVectorThreads>(sum.anchors, warps)};
+}
+
+// The mean or the sum of a side's losses; half of each where both sides have them. By the last block.
+template <class Objective>
+SK_DEVICE void reduce_losses(const Gather& p, GatherShared& shared) {
+  const int64_t row_sums = blocks_of(p.row.size);
+  const auto weight_of = [&](const LossSum& sum) {
+    const double count = p.reduction == Reduction::kMean && sum.anchors > 0 ? sum.anchors : 1.0;
+    return (Objective::kBothSides ? 0.5 : 1.0) / count;
+  };
+  const LossSum row = sum_of(p.sums, row_sums, shared.warps);
+  double loss = weight_of(row) * row.loss;
+  if (ptx::thread_index() == 0) p.weights[0] = static_cast<float>(weight_of(row));
+  if constexpr (Objective::kBothSides) {
+    const LossSum column = sum_of(p.sums + row_sums, blocks_of(p.column.size), shared.warps);
+    loss += weight_of(column) * column.loss;
+    if (ptx::thread_index() == 0) p.weights[1] = static_cast<float>(weight_of(column));
+  }
+  if (ptx::thread_index() == 0) *p.loss = static_cast<float>(loss);
+}
+
 template <class Objective>
 SK_KERNEL(kVectorThreads, 1)
 gather(SK_PARAMETER Gather p) {
-  using State = typename Objective::template State<float>;
-  const int index = ptx::block_index() * kVectorThreads + ptx::thread_index();
-  if (index >= p.count) return;
-  float* const into = p.side.statistics + p.start + index;
-  State state = p.first ? State::empty() : load_planes<State>(into, p.side.size);
-  const int64_t plane = int64_t(p.blocks) * p.count;
-  for (int block = 0; block < p.blocks; ++block)
-    state.merge(load_planes<State>(p.partials + int64_t(block) * p.count + index, plane));
-  store_planes(into, p.side.size, state);
-  p.side.loss[p.start + index] = Objective::loss(state, p.smoothing);
+  auto& shared = ptx::shared_storage<GatherShared>();
+  const int row_blocks = static_cast<int>(blocks_of(p.row_partials.count));
+  const bool of_column = ptx::block_index() >= row_blocks;
+  const int block = ptx::block_index() - (of_column ? row_blocks : 0);
+  const Partials& partials = of_column ? p.column_partials : p.row_partials;
+  LossSum own{};
+  merge_states<Objective>(of_column ? p.column : p.row, partials, block * kVectorThreads + ptx::thread_index(),
+                          p.smoothing, own);
+  if (!p.sums) return;
+  own = {block_sum<kVectorThreads>(own.loss, shared.warps), block_sum<kVectorThreads>(own.anchors, shared.warps)};
+  if (ptx::thread_index() == 0) {
+    p.sums[(of_column ? blocks_of(p.row.size) : 0) + partials.start / kVectorThreads + block] = own;
+    shared.last = p.loss && ptx::arrive_last(p.arrived);
+  }
+  ptx::sync_block();
+  if (shared.last) reduce_losses<Objective>(p, shared);
+}
+
+// The power of two that brings `largest` into [1, 2), over `room`; where that is 0 or not finite, as if it was 1.
+SK_DEVICE float unit_for(float largest, float room) {
+  const bool ordinary = largest >= 1e-36f && largest <= 1e36f;
+  return (ordinary ? ptx::bits_to_float(ptx::float_to_bits(largest) & 0x7f800000u) : 1.0f) / room;
 }
 
 template <class Objective>
 SK_KERNEL(kVectorThreads, 1)
 anchors(SK_PARAMETER Anchors p) {
   using State = typename Objective::template State<float>;
-  const int64_t index = int64_t(ptx::block_index()) * kVectorThreads + ptx::thread_index();
-  if (index >= p.side.size) return;
+  const int row_blocks = static_cast<int>(blocks_of(p.row.size));
+  const bool of_column = ptx::block_index() >= row_blocks;
+  const Side<float>& side = of_column ? p.column : p.row;
+  const int64_t index =
+      int64_t(ptx::block_index() - (of_column ? row_blocks : 0)) * kVectorThreads + ptx::thread_index();
+  float unit = 1;
+  if (p.unit && p.uniform) {
+    const float row = fabsf(*p.row.weight), column = p.column.size ? fabsf(*p.column.weight) : 0.0f;
+    unit = unit_for(row != row || row > column ? row : column, p.room);
+    if (ptx::block_index() == 0 && ptx::thread_index() == 0) *p.unit = unit, *p.gain = *p.scale * unit;
+  } else if (p.unit) {
+    unit = *p.unit;
+  }
+  if (index >= side.size) return;
   State state = State::empty();
-  if constexpr (Objective::kNeedsStatistics) state = load_planes<State>(p.side.statistics + index, p.side.size);
+  if constexpr (Objective::kNeedsStatistics) state = load_planes<State>(side.statistics + index, side.size);
   float numbers[Objective::kAnchor];
-  Objective::anchor(state, p.side.weight[index] / (p.unit ? *p.unit : 1.0f), p.smoothing, numbers);
+  Objective::anchor(state, side.weight[p.uniform ? 0 : index] / unit, p.smoothing, numbers);
 #pragma unroll
-  for (int k = 0; k < Objective::kAnchor; ++k) p.side.anchor[k * p.side.size + index] = numbers[k];
+  for (int k = 0; k < Objective::kAnchor; ++k) side.anchor[k * side.size + index] = numbers[k];
 }
 
-// The power of two that brings the largest of |x| into [1, 2), over `room`; 1 where that is 0 or not finite. One block.
-constexpr int kUnitThreads = 1024;
+constexpr int kOneBlock = 1024;  // threads of what is one block
 
+// Of the largest of |x|; NaN is larger than all.
 template <int kThreads>
 SK_KERNEL(kThreads, 1)
 unit(SK_PARAMETER Unit p) {
@@ -76,13 +163,28 @@ unit(SK_PARAMETER Unit p) {
   if (ptx::lane_index() == 0) warps[ptx::warp_index()] = ptx::bits_to_float(bits);
   ptx::sync_block();
   bits = largest(warps[ptx::lane_index()]);
-  if (thread == 0) {
-    const float all = ptx::bits_to_float(bits);
-    const bool ordinary = all >= 1e-36f && all <= 1e36f;
-    *p.unit = (ordinary ? ptx::bits_to_float(bits & 0x7f800000u) : 1.0f) / p.room;
-  }
+  if (thread != 0) return;
+  const float unit = unit_for(ptx::bits_to_float(bits), p.room);
+  *p.unit = unit;
+  if (p.gain) *p.gain = *p.scale * unit;
 }
 
-inline int64_t blocks_of(int64_t count) { return (count + kVectorThreads - 1) / kVectorThreads; }
+// dL/dscale and dL/dbias, from the sums that blocks left.
+template <int kThreads>
+SK_KERNEL(kThreads, 1)
+parameter_gradient(SK_PARAMETER ParameterGradient p) {
+  auto& warps = ptx::shared_storage<double[kThreads / 32]>();
+  double scale = 0, bias = 0;
+  for (int64_t k = ptx::thread_index(); k < p.count; k += kThreads) {
+    scale += p.sums[2 * k];
+    bias += p.sums[2 * k + 1];
+  }
+  scale = block_sum<kThreads>(scale, warps);
+  bias = block_sum<kThreads>(bias, warps);
+  const double unit = p.unit ? *p.unit : 1.0;
+  if (ptx::thread_index() != 0) return;
+  if (p.scale) *p.scale = static_cast<float>(scale * unit);
+  if (p.bias) *p.bias = static_cast<float>(bias * unit);
+}
 
 }  // namespace smartclip::cuda

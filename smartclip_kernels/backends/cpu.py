@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from smartclip_kernels.engine import Side, TiledBackend
-from smartclip_kernels.problem import Problem
+from smartclip_kernels.engine import Side, TiledBackend, reduced, write_sums
+from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.tiles import Method, Tile
 
 _VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor", "score_gradient")
@@ -29,11 +29,15 @@ class CpuLaunch:
         scale = problem.scale.to(dtype)
         bias = None if problem.bias is None else problem.bias.to(dtype)
         self._parameters: Tensor | None = None
+        for side in (row, column):
+            if side.weight is not None:
+                side.weight = side.weight.contiguous()
         if row.weight is not None:
             row.anchor = empty(problem.traits.anchor, problem.n, dtype=dtype)
             column.anchor = empty(problem.traits.anchor, problem.m if problem.traits.both_sides else 0, dtype=dtype)
             self._parameters = empty(problem.n, 2, dtype=torch.float64)
-        self._alive = row, column, scale, bias
+        self._problem, self._row, self._column = problem, row, column
+        self._alive = scale, bias
         self._swapped = swapped
         launch = compiled().LaunchFloat64 if dtype == torch.float64 else compiled().LaunchFloat32
         self._launch = launch(
@@ -51,8 +55,9 @@ class CpuLaunch:
     def statistics(self, tile: Tile) -> None:
         self._launch.statistics(_box(tile), *_matrices(tile.accumulators))
 
-    def loss(self) -> None:
+    def loss(self) -> Tensors:
         self._launch.loss()
+        return reduced(self._problem, self._row, self._column)
 
     def anchor(self) -> None:
         self._launch.anchor()
@@ -63,9 +68,9 @@ class CpuLaunch:
     def gradient(self, tile: Tile, out: list[Tensor], statistics: bool) -> None:
         self._launch.gradient(_box(tile), *_matrices(tile.accumulators), *_matrices(out), statistics)
 
-    def parameter_gradient(self) -> Tensor:
+    def parameter_gradient(self, scale: Tensor | None, bias: Tensor | None) -> None:
         assert self._parameters is not None
-        return self._parameters.sum(0)
+        write_sums(self._parameters.sum(0), scale, bias)
 
     def similarity(self, tile: Tile, out: Tensor) -> None:
         self._launch.similarity(_box(tile), *_matrices(tile.accumulators), out.data_ptr(), out.stride(0))

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartclip_kernels.backends.device import METHOD, DeviceLaunch, Slots, size
+from smartclip_kernels.backends.device import METHOD, DeviceLaunch, Panel, Slots, size
 from smartclip_kernels.engine import Launch, Side, TiledBackend
-from smartclip_kernels.problem import Problem
+from smartclip_kernels.operands import operands_class
+from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.tiles import Tile
 
 EMULATOR = os.environ.get("SMARTCLIP_CUDA_EMULATOR", "")
@@ -28,6 +29,7 @@ HOPPER_ELEMENTS = ("bfloat16", "float16")
 OLDEST = (8, 0)
 _VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor")
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+BLOCK_ANCHORS = 128  # what a block of `gather` and of `anchors` has
 REBUILD = "install the CUDA toolkit (nvcc) and install the package again"
 
 
@@ -73,6 +75,11 @@ def _built(name: str, element: str, similarity: str, objective: str) -> bool:
     return bool(compiled().resources(name, element, similarity, objective))
 
 
+@cache
+def _keeps(name: str, element: str, similarity: str, objective: str) -> bool:
+    return bool(compiled().keeps(name, element, similarity, objective))
+
+
 def architecture(device: torch.device, element: str, similarity: str, objective: str) -> str:
     """Whose kernels run: those of sm_90a where they were built and this device has its instructions.
 
@@ -108,6 +115,20 @@ class CudaLaunch(DeviceLaunch):
         device = problem.image.device
         self._split = problem.mask is not None and problem.image.dtype != problem.dtype
         element = _element(problem.image.dtype)
+        weights = [side.weight for side in (row, column) if side.weight is not None]
+        self._uniform = bool(weights) and all(x.stride(0) == 0 for x in weights)
+        for side in (row, column):
+            if side.weight is not None and not self._uniform:
+                side.weight = side.weight.contiguous()
+        # What the launches add up, and where the loss and what each side counts in it go.
+        self._reduced: Tensors | None = None
+        self._sums = arrived = None
+        if problem.reduction != "none" and row.loss is not None:
+            sides = 2 if problem.traits.both_sides else 1
+            self._reduced = self.scale.new_empty(()), self.scale.new_empty(sides)
+            blocks = sum(-(-side.size // BLOCK_ANCHORS) for side in (row, column)[:sides])
+            self._sums = self.scale.new_empty(blocks, 2, dtype=torch.float64)
+            arrived = self._arrived = self.scale.new_empty((), dtype=torch.int32)
         with self.on_device():
             self._launch = compiled().Launch(
                 architecture=architecture(device, element, similarity, problem.objective),
@@ -121,6 +142,7 @@ class CudaLaunch(DeviceLaunch):
                 label_smoothing=problem.label_smoothing,
                 multiprocessors=_multiprocessors(device),
                 stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+                arrived=_address(arrived),
             )
 
     def slots(self, kernel: str, tile: Tile) -> Slots:
@@ -128,20 +150,36 @@ class CudaLaunch(DeviceLaunch):
 
     def run_statistics(self, tile: Tile, row_partials: Tensor, column_partials: Tensor | None) -> None:
         with self.on_device():
-            self._launch.statistics(*self._part(tile), row_partials.data_ptr(), _address(column_partials))
+            partials = row_partials.data_ptr(), _address(column_partials)
+            self._launch.statistics(*self._part(tile), *partials, _panel(tile.accumulators))
 
-    def run_gather(self, partials: Tensor, side: Side, start: int, first: bool) -> None:
-        _, blocks, count = partials.shape
+    def run_gather(self, panels: Sequence[Panel], last: bool) -> None:
+        merges = [(x.partials.data_ptr(), *x.partials.shape[1:], x.start, x.first) for x in panels]
+        sums = _address(self._sums)
+        loss, weights = (_address(x) if last else 0 for x in (self._reduced or (None, None)))
         with self.on_device():
-            self._launch.gather(side is self.text, partials.data_ptr(), blocks, count, start, first)
+            self._launch.gather(merges[0], (*merges, None)[1], self.problem.reduction, sums, loss, weights)
 
-    def run_anchors(self, side: Side) -> None:
-        with self.on_device():
-            self._launch.anchors(side is self.text, _address(self.unit))
+    def loss(self) -> Tensors:
+        return self._reduced or super().loss()
 
-    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor) -> None:
+    def run_anchors(self, sides: Sequence[Side], gain: Tensor) -> None:
+        weights = [side.weight for side in sides if side.weight is not None]
+        if self.unit is not None and not self._uniform:
+            self.run_unit(weights[0], weights[-1], self.room(), self.unit, gain)
         with self.on_device():
-            self._launch.unit(x.data_ptr(), x.numel(), y.data_ptr(), y.numel(), room, unit.data_ptr())
+            self._launch.anchors(self._uniform, self.room(), _address(self.unit), gain.data_ptr())
+
+    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor, gain: Tensor | None) -> None:
+        sizes = (x.data_ptr(), x.numel(), y.data_ptr(), y.numel())
+        with self.on_device():
+            self._launch.unit(*sizes, room, unit.data_ptr(), _address(gain))
+
+    def parameter_gradient(self, scale: Tensor | None, bias: Tensor | None) -> None:
+        sums = self.parameter_sums()
+        outputs = (_address(self.unit), _address(scale), _address(bias))
+        with self.on_device():
+            self._launch.parameter_gradient(sums.data_ptr(), len(sums), *outputs)
 
     def run_gradient(
         self,
@@ -153,7 +191,7 @@ class CudaLaunch(DeviceLaunch):
     ) -> None:
         sums = (parameters.data_ptr(), _address(column_scores), _address(row_partials))
         with self.on_device():
-            self._launch.gradient(*self._part(tile), _panel(out), *sums)
+            self._launch.gradient(*self._part(tile), _panel(out), *sums, _panel(tile.accumulators))
 
     def run_derivative(self, tile: Tile, grad_sim: Tensor, out: list[Tensor], column_scores: Tensor | None) -> None:
         given = (grad_sim.data_ptr(), _address(self.unit))
@@ -188,12 +226,16 @@ def _address(x: Tensor | None) -> int:
 
 
 def _panel(matrices: Sequence[Tensor]) -> tuple[list[int], int]:
-    return [x.data_ptr() for x in matrices], matrices[0].stride(0)
+    return [x.data_ptr() for x in matrices], matrices[0].stride(0) if matrices else 0
 
 
 class CudaBackend(TiledBackend):
     def __init__(self) -> None:
-        super().__init__("cuda", METHOD, _launch, cuts_sums=True)
+        super().__init__("cuda", METHOD, _launch, cuts_sums=True, needs_ids=False)
+
+    def keeps(self, problem: Problem) -> bool:
+        kernels = _element(problem.image.dtype), operands_class(problem).name, problem.objective
+        return _keeps(architecture(problem.image.device, *kernels), *kernels)
 
     def unavailable(self) -> str:
         try:

@@ -6,14 +6,15 @@ A backend's own launch derives from `DeviceLaunch` and runs the kernels, `run_*`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from smartclip_kernels.engine import Side
-from smartclip_kernels.problem import Problem
+from smartclip_kernels.engine import Side, reduced, write_sums
+from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.tiles import Method, Tile
 
 # Near square: thin strips would read and write the gradients' sums again and again. A partial state is 28 bytes for
@@ -38,6 +39,15 @@ class Slots(NamedTuple):
     of_all: int
 
 
+class Panel(NamedTuple):
+    """Partial states (planes, slots, anchors) of a side's anchors from `start` on; `first`: none were merged before."""
+
+    side: Side
+    partials: Tensor
+    start: int
+    first: bool
+
+
 class DeviceLaunch(ABC):
     """The kernels, bound to one problem. `row` is the image's side, unless the search is per text."""
 
@@ -54,7 +64,7 @@ class DeviceLaunch(ABC):
         self.scale = problem.scale.to(problem.dtype)
         self.bias = None if problem.bias is None else problem.bias.to(problem.dtype)
         self.unit: Tensor | None = None
-        self._parameters: Tensor | None = None
+        self._parameters: list[Tensor] = []
         self._best: Tensor | None = None
         for side in (row, column):
             if side.weight is not None:
@@ -71,16 +81,25 @@ class DeviceLaunch(ABC):
         """Partial states, (planes, slots, rows or columns)."""
 
     @abstractmethod
-    def run_gather(self, partials: Tensor, side: Side, start: int, first: bool) -> None:
-        """Merges partial states, in order, into `side.statistics` from `start` on, and writes the losses."""
+    def run_gather(self, panels: Sequence[Panel], last: bool) -> None:
+        """Merges partial states, in order, into their side's statistics, and writes the losses. Rows, then columns.
+
+        `last`: all of the problem's states have been merged then.
+        """
 
     @abstractmethod
-    def run_anchors(self, side: Side) -> None:
-        """`side.anchor` from statistics and weights; the latter are divided by the unit."""
+    def run_anchors(self, sides: Sequence[Side], gain: Tensor) -> None:
+        """`anchor` of the sides from statistics and weights. In half precision the latter are divided by the unit.
+
+        Writes the unit, for the largest weight, and the gain, scale times that, where there is a unit.
+        """
 
     @abstractmethod
-    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor) -> None:
-        """The power of two that brings the largest of both into [1, 2), over `room`; 1 where there is no such."""
+    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor, gain: Tensor | None) -> None:
+        """The power of two that brings the largest of both into [1, 2), over `room`; 1 where there is no such.
+
+        `gain` becomes scale times that.
+        """
 
     @abstractmethod
     def run_gradient(
@@ -115,29 +134,32 @@ class DeviceLaunch(ABC):
         if self.problem.traits.both_sides:
             column_partials = self._partials(slots.of_columns, size(tile.columns))
         self.run_statistics(tile, row_partials, column_partials)
-        self._gather(row_partials, self.image, tile.rows, first=tile.columns.start == 0)
-        if column_partials is not None:
-            self._gather(column_partials, self.text, tile.columns, first=tile.rows.start == 0)
+        self._gather(tile, row_partials, column_partials)
 
-    def loss(self) -> None:  # noqa: B027
-        """The losses are there: they are written with the statistics."""
+    def loss(self) -> Tensors:
+        """Anchors' losses are there: they are written with the statistics."""
+        return reduced(self.problem, self.image, self.text)
 
     # --- backward ------------------------------------------------------------------------------------------------
 
     def anchor(self) -> Tensor:
         """What G needs of anchors. In half precision their weights are divided by a unit; the gain brings it back."""
         sides = [self.image, self.text] if self.problem.traits.both_sides else [self.image]
-        self._parameters = None
-        weights = [side.weight for side in sides if side.weight is not None]
-        self.unit = self._unit_of(weights[0], weights[-1])
-        for side in sides:
-            self.run_anchors(side)
-        return self.scale if self.unit is None else self.scale * self.unit
+        self._parameters = []
+        self.unit = self._new_unit()
+        gain = self.scale if self.unit is None else torch.empty_like(self.unit)
+        self.run_anchors(sides, gain)
+        return gain
 
     def gain(self, grad_sim: Tensor) -> Tensor | None:
         dense = grad_sim.contiguous()
-        self.unit = self._unit_of(dense, dense[:0])
+        self.unit = self._new_unit()
+        if self.unit is not None:
+            self.run_unit(dense, dense[:0], self.room(), self.unit, None)
         return self.unit
+
+    def room(self) -> float:
+        return ROOM.get(self.problem.image.dtype, 1.0)
 
     def gradient(self, tile: Tile, out: list[Tensor], statistics: bool) -> None:
         slots = self.slots("gradient", tile)
@@ -145,15 +167,18 @@ class DeviceLaunch(ABC):
         column_scores = self._column_scores(slots, tile)
         row_partials = self._partials(slots.of_rows, size(tile.rows)) if statistics else None
         self.run_gradient(tile, out, parameters, column_scores, row_partials)
-        sums = parameters.sum(0)
-        self._parameters = sums if self._parameters is None else self._parameters.add_(sums)
+        self._parameters.append(parameters)
         self._add_column_scores(column_scores, tile)
         if row_partials is not None:
-            self._gather(row_partials, self.image, tile.rows, first=tile.columns.start == 0)
+            self._gather(tile, row_partials, None)
 
-    def parameter_gradient(self) -> Tensor:
-        assert self._parameters is not None
-        return self._parameters if self.unit is None else self._parameters * self.unit
+    def parameter_gradient(self, scale: Tensor | None, bias: Tensor | None) -> None:
+        sums = self.parameter_sums().sum(0)
+        write_sums(sums if self.unit is None else sums * self.unit, scale, bias)
+
+    def parameter_sums(self) -> Tensor:
+        """(slots, 2), of all tiles: Σ G·sim and Σ G, divided by the unit."""
+        return self._parameters[0] if len(self._parameters) == 1 else torch.cat(self._parameters)
 
     def derivative(self, tile: Tile, grad_sim: Tensor, out: list[Tensor]) -> None:
         column_scores = self._column_scores(self.slots("gradient", tile), tile)
@@ -217,17 +242,16 @@ class DeviceLaunch(ABC):
         """Kernels are launched on the current device, whichever device their arguments are on."""
         return torch.cuda.device(self.scale.device) if self.scale.is_cuda else nullcontext()
 
-    def _gather(self, partials: Tensor, side: Side, panel: slice, first: bool) -> None:
-        self.run_gather(partials, side, panel.start, first)
+    def _gather(self, tile: Tile, row_partials: Tensor, column_partials: Tensor | None) -> None:
+        panels = [Panel(self.image, row_partials, tile.rows.start, tile.columns.start == 0)]
+        if column_partials is not None:
+            panels.append(Panel(self.text, column_partials, tile.columns.start, tile.rows.start == 0))
+        last = (tile.rows.stop, tile.columns.stop) == (self.image.size, self.text.size)
+        self.run_gather(panels, last)
 
-    def _unit_of(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """A power of two near the largest of them, so that half precision holds what is divided by it."""
-        dtype = self.problem.image.dtype
-        if dtype == self.problem.dtype:
-            return None
-        unit = self.scale.new_empty(())
-        self.run_unit(x, y, ROOM.get(dtype, 1.0), unit)
-        return unit
+    def _new_unit(self) -> Tensor | None:
+        """Room for a power of two, so that half precision holds what is divided by it."""
+        return None if self.problem.image.dtype == self.problem.dtype else self.scale.new_empty(())
 
     def _partials(self, slots: int, count: int) -> Tensor:
         return self.scale.new_empty(self.problem.traits.statistics, slots, count)

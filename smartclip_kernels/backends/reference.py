@@ -25,7 +25,7 @@ class ReferenceBackend:
         return (0,)
 
     def loss(self, problem: Problem) -> Tensors:
-        rows, columns, *_ = reference.anchor_losses(
+        rows, columns, *positives = reference.anchor_losses(
             problem.image,
             problem.text,
             problem.mask,
@@ -43,7 +43,12 @@ class ReferenceBackend:
         column_states = row_states.new_empty(len(row_states), 0)
         if problem.traits.both_sides:
             column_states = state.of(logits.T, positive.T, candidate.T)
-        return rows, columns, row_states, column_states, rows.new_empty(0)
+        total, weights = rows.new_empty(0), rows.new_empty(0)
+        if problem.reduction != "none":
+            total, weights = reference.reduce_losses(
+                rows, columns, *positives, objective=problem.objective, reduction=problem.reduction
+            )
+        return total, weights, rows, columns, row_states, column_states, rows.new_empty(0)
 
     def loss_backward(
         self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
@@ -51,9 +56,9 @@ class ReferenceBackend:
         return _rounded(problem, needs, _gradients(problem, saved[:2], weights), unrounded=unrounded)
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        rows, columns, *saved = self.loss(problem)
-        grads = _gradients(problem, (saved[0], saved[1]), (torch.ones_like(rows), torch.ones_like(columns)))
-        return rows.sum(), *_rounded(problem, needs, grads, unrounded=True)
+        total, weights, rows, columns, *saved = self.loss(problem)
+        grads = _gradients(problem, (saved[0], saved[1]), (weights.expand_as(rows), columns))
+        return total, *_rounded(problem, needs, grads, unrounded=True)
 
     def masked_similarity(self, problem: Problem) -> Tensor:
         return reference.similarity(problem.image, problem.text, problem.mask)

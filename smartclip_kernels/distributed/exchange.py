@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -168,7 +169,10 @@ class Exchange:
         return pending
 
     def lost(self, ranks: dict[int, RuntimeError], what: str) -> RuntimeError:
-        """The error of ranks that are gone. The first report of the group is the cause of all later ones."""
+        """The error of ranks that are gone. The first report of the group is the cause of all later ones.
+
+        Then hangs up on everyone: a rank that waits for this one is to end, too, though it may not wait for the lost.
+        """
         late = [rank for rank, error in ranks.items() if _timed_out(error)]
         gone = [rank for rank in ranks if rank not in late]
         parts = [f"{self.name(gone)} closed the connection"] if gone else []
@@ -178,13 +182,24 @@ class Exchange:
             first = self.group.get_group_store().compare_set(LOST, "", report).decode()
         except RuntimeError as error:
             first = f"unknown, the group's store is gone, too: {str(error).splitlines()[0]}"
+        if "cpu" in self.backends:
+            self._hang_up()
         return RuntimeError(report if first == report else f"{report}; the first report: {first}")
+
+    def _hang_up(self) -> None:
+        """Gloo closes all connections of a process that does not get what it waits for in time."""
+        for rank in self.others:
+            nothing = torch.empty(1)
+            with suppress(RuntimeError):  # that is what it comes to, or has come to before
+                work = dist.irecv(nothing, group=self.group, group_src=rank, tag=1)
+                assert work is not None
+                work.wait(timedelta(milliseconds=1))
 
     def _difference(self, key: str, values: list[Any]) -> str:
         """What the few have and what the many."""
         ranks: dict[str, list[int]] = {}
         for rank, value in enumerate(values):
-            ranks.setdefault(json.dumps(value), []).append(rank)
+            ranks.setdefault(str(value), []).append(rank)
         parties = [f"{self.name(who)} {value}" for value, who in sorted(ranks.items(), key=lambda it: len(it[1]))]
         return f"{key}: all ranks of the group need the same, got {'; '.join(parties)}"
 

@@ -208,7 +208,7 @@ def _one_sweep(call: Call, weight: Tensor | None) -> tuple[Tensor, dict[int, Ten
 
     def visit(window: slice, block: Tensors) -> Tensors:
         if not any(call.needs):
-            losses.append(_ops.loss_sum(*call.arguments(window, block)))
+            losses.append(_ops.reduced_loss(*call.arguments(window, block), "sum"))
             return ()
         loss, *grads = _ops.loss_one_sweep(*call.arguments(window, block), call.needs)
         if weight is not None:

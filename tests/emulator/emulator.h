@@ -66,6 +66,7 @@ void store_matrices(const uint32_t* in, void* row, Where where);
 void sync_warp(Where where);
 void multiply_add(Instruction instruction, float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Where where);
 void sync_block(Where where);
+int64_t block_count();  // of the launch
 
 // Shared memory.
 void* shared_storage(size_t bytes, Where where);

@@ -278,4 +278,6 @@ void run(const char* name, int64_t blocks, int threads, size_t shared_bytes, voi
 
 void sync_block(Where where) { launch->sync_block(__builtin_return_address(0), where); }
 
+int64_t block_count() { return launch->block_count(); }
+
 }  // namespace smartclip::emulator

@@ -244,6 +244,23 @@ two_blocks(SK_PARAMETER Parameters p) {
   p.output<float>()[ptx::block_index() * p.number[0] + (ptx::thread_index() + ptx::block_index()) % 32] = 1.0f;
 }
 
+// The last block to arrive adds up what all have written. in[0]: a count, 0. numbers: blocks, and 1 for no order.
+SK_KERNEL(64, 1)
+arrivals(SK_PARAMETER Parameters p) {
+  bool& last = ptx::shared_storage<bool>();
+  uint32_t* const count = const_cast<uint32_t*>(p.input<uint32_t>(0));
+  int* const out = p.output<int>();  // the sum, then a number of each block
+  if (ptx::thread_index() == 0) {
+    out[1 + ptx::block_index()] = 10 + ptx::block_index();
+    last = p.number[1] == 0 ? ptx::arrive_last(count) : (*count)++ == p.number[0] - 1;
+  }
+  ptx::sync_block();
+  if (!last || ptx::thread_index() != 63) return;
+  int sum = 0;
+  for (int block = 0; block < p.number[0]; ++block) sum += out[1 + block];
+  out[0] = sum;
+}
+
 // A thread's own copy, read after it was waited for (0) or before (1).
 SK_KERNEL(32, 1)
 own_copy(SK_PARAMETER Parameters p) {
@@ -418,6 +435,7 @@ const Kernel kKernels[] = {
     {"hand_over", hand_over, 256, sizeof(Numbers)},
     {"hand_over_in_warp", hand_over_in_warp, 32, sizeof(Numbers)},
     {"two_blocks", two_blocks, 32, 0},
+    {"arrivals", arrivals, 64, sizeof(bool)},
     {"own_copy", own_copy, 32, sizeof(Rows)},
     {"tickets", tickets, 64, 0},
     {"parted", parted, 64, 0},

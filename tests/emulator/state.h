@@ -106,6 +106,7 @@ class Launch {
   void wait_for_products(const void* site, float* c, int pending, Where where);
   void set_registers(const void* site, int registers, bool more, Where where);
 
+  int64_t block_count() const { return blocks_; }
   unsigned char* shared() const;
   size_t shared_bytes() const { return shared_bytes_; }
   bool holds(const void* address, size_t bytes) const;

@@ -19,6 +19,15 @@ SK_DEVICE int warp_index() { return threadIdx.x / kWarp; }
 // bar.sync 0: all threads of the block arrive; what they wrote to memory before is seen by all of them after.
 SK_DEVICE void sync_block() { __syncthreads(); }
 
+// membar.gl and atom.global.add.u32 by one thread of each of the grid's blocks, on a count that begins at 0: whether it
+// is the last of them. What the others' threads that called it wrote before is then seen, by its block after a barrier.
+SK_DEVICE bool arrive_last(uint32_t* count) {
+  __threadfence();
+  const bool last = atomicAdd(count, 1u) == gridDim.x - 1;
+  __threadfence();
+  return last;
+}
+
 // bar.warp.sync by a whole warp: what its lanes wrote to memory before is seen by all of them after.
 SK_DEVICE void sync_warp() { __syncwarp(); }
 

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "sm80/forward.cuh"
-#include "tile/store.h"
 
 namespace smartclip::cuda::sm80 {
 
@@ -146,6 +145,7 @@ template <class Config, class Similarity, class Objective>
 SK_KERNEL(Config::kThreads, Config::kBlocks)
 gradient(SK_PARAMETER Gradient p) {
   auto& shared = ptx::shared_storage<BackwardShared<Config, Similarity, Objective>>();
+  clear_count(p);
   const Walk walk = Walk::of<Config>(p);
   const int first_row = walk.row_tile * Config::kBlockN;
   shared.parameters.clear();
@@ -164,7 +164,12 @@ gradient(SK_PARAMETER Gradient p) {
     if constexpr (Objective::kBothSides)
       bring_lines(p.problem.column.anchor, p.problem.column.size, p.tile.column, place.column, p.tile.columns,
                   shared.column_anchor);
-    products<Config, Similarity>(p.tile, place, shared.stages, fragment);
+    if (Config::kKeeps && p.kept.matrix[0]) {
+      bring_kept(fragment, p, place);
+      ptx::sync_block();
+    } else {
+      products<Config, Similarity>(p.tile, place, shared.stages, fragment);
+    }
     const bool plain = plain_pairs<Config>(p, place);
     GradientOf<Config, Similarity, Objective> gradient(p, place, shared);
     if constexpr (!Objective::kNeedsStatistics)

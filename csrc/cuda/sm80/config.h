@@ -4,6 +4,10 @@
 #include "kernels.h"
 #include "ptx/matrix.h"
 
+#ifndef SK_KEEPS_HALF
+#define SK_KEEPS_HALF 0  // whether products of half precision are kept
+#endif
+
 namespace smartclip::cuda::sm80 {
 
 template <class Element_, int kAccumulators_>
@@ -28,6 +32,10 @@ struct Config {
   // Whether an epilogue of two accumulators reads what it knows of rows anew for every column: it has no registers
   // left.
   static constexpr bool kReadsAnew = kAccumulators > 1;
+
+  // Whether products are kept for the backward sweep where they fit the workspace: 4 bytes written and read a product
+  // in place of D multiplications. Those of float32 take longer; on the matrix unit, half precision does not.
+  static constexpr bool kKeeps = kElementBytes == 4 || SK_KEEPS_HALF;
 
   // Two on a multiprocessor: one multiplies while the other is in its epilogue.
   static constexpr int kBlocks = kElementBytes == 4 ? 1 : 2;

@@ -7,6 +7,7 @@
 #include "ptx/launch.h"
 #include "sm80/products.cuh"
 #include "tile/scores.h"
+#include "tile/store.h"
 #include "vectors.cuh"
 
 namespace smartclip::cuda::sm80 {
@@ -127,6 +128,7 @@ SK_KERNEL(Config::kThreads, Config::kBlocks)
 statistics(SK_PARAMETER Statistics p) {
   static_assert(Config::kThreads >= Config::kBlockN && Config::kThreads >= Config::kBlockM, "a thread for every line");
   auto& shared = ptx::shared_storage<ForwardShared<Config, Similarity, Objective>>();
+  clear_count(p);
   const Walk walk = Walk::of<Config>(p);
   const float scale = *p.problem.scale, bias = p.problem.bias ? *p.problem.bias : 0.0f;
   shared.exchange.clear();
@@ -137,6 +139,7 @@ statistics(SK_PARAMETER Statistics p) {
     Fragment<Config> fragment;
     shared.factors.bring_columns(p, place.column);
     products<Config, Similarity>(p.tile, place, shared.stages, fragment);
+    if constexpr (Config::kKeeps) keep(fragment, p, place);
     for_pairs<Config>([&](int r, int c) {
       fragment.at(0, r, c) = scale * ScoreOf<Config, Similarity>(shared.factors, fragment, r, c).sim + bias;
     });

@@ -35,6 +35,7 @@ struct Of {
   static Plan plan(int rows, int columns, int multiprocessors) { return sm80::plan<C>(rows, columns, multiprocessors); }
 
   static constexpr int kElementBytes = C::kElementBytes;
+  static constexpr bool kKeeps = C::kKeeps;
   static constexpr Resources kResources[] = {
       {"statistics", C::kBlockM, C::kThreads, sizeof(Forward)},
       {"gradient", C::kBlockM, C::kThreads, sizeof(Backward)},

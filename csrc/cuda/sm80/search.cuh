@@ -103,7 +103,7 @@ search(SK_PARAMETER Search p) {
     } else {
       const Side<float>&rows = p.problem.row, &columns = p.problem.column;
       const auto positive_at = [&](int r, int c) {
-        return inside(r, c) && rows.id[p.tile.row + row_at(r)] == columns.id[p.tile.column + column_at(c)];
+        return inside(r, c) && rows.id_of(p.tile.row + row_at(r)) == columns.id_of(p.tile.column + column_at(c));
       };
       if (p.per_column)
         store_per_anchor<true>(p, place, shared, key_at, positive_at);

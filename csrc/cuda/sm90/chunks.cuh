@@ -4,6 +4,7 @@
 
 #include "sm90/pipeline.cuh"
 #include "tile/scores.h"
+#include "tile/store.h"
 
 namespace smartclip::cuda::sm90 {
 
@@ -25,6 +26,12 @@ struct WalkAt {
   int index[Config::kWarpgroup];
 };
 
+// Whether the sweep before kept the products.
+template <class Config, class Parameters>
+SK_DEVICE bool products_are_kept(const Parameters& p) {
+  return Config::kKeeps && std::is_base_of_v<Gradient, Parameters> && p.kept.matrix[0];
+}
+
 // What a warpgroup does: begin(first column), then a barrier; tile(place, fragment) of every tile of the walk, with its
 // products; end(walk, index), then a barrier.
 template <class Config, class Passes, class Parameters, class Begin, class OneTile, class End>
@@ -33,6 +40,8 @@ SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>
   const Walk& walk = at.walk;
   int& index = at.index[Warpgroup<Config>::thread()];
   Products<Config, Passes> products(p.tile, pipeline, Warpgroup<Config>::index());
+  const bool kept = products_are_kept<Config>(p);
+  if (!kept && Warpgroup<Config>::index() > 0) products.fall_behind();
 #pragma unroll 1
   for (index = ptx::block_index(); index < Walk::count<Config>(p); index += p.blocks) {
     if (Warpgroup<Config>::thread() == 0) at.walk = Walk::of<Config>(p, index);
@@ -40,9 +49,14 @@ SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>
     Warpgroup<Config>::sync();
 #pragma unroll 1
     for (int row_tile = walk.begin; row_tile < walk.end; ++row_tile) {
+      const Place place{row_tile * Config::kBlockN, walk.column_tile * Config::kBlockM};
       Fragment<Config> fragment;
-      products.multiply(fragment);
-      tile(Place{row_tile * Config::kBlockN, walk.column_tile * Config::kBlockM}, fragment);
+      if (kept)
+        bring_kept(fragment, p, place);
+      else
+        products.multiply(fragment);
+      if constexpr (Config::kKeeps && std::is_base_of_v<Statistics, Parameters>) keep(fragment, p, place);
+      tile(place, fragment);
     }
     end(walk, index);
     Warpgroup<Config>::sync();
@@ -53,10 +67,11 @@ SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>
 template <class Config, class Shared, class Passes, class Parameters, class Consume>
 SK_DEVICE void run_block(const Launched<Parameters, Passes>& p, Consume consume) {
   auto& shared = ptx::shared_storage<Shared>();
+  clear_count(p);
   shared.pipeline.start();
   if (Warpgroup<Config>::index() == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
-    bring_operands<Config>(p, shared.pipeline);
+    if (!products_are_kept<Config>(p)) bring_operands<Config>(p, shared.pipeline);
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     consume(shared);
@@ -142,12 +157,12 @@ class ColumnIds {
   using F = Fragment<Config>;
 
  public:
-  // Null: there are none. Columns beyond the part have the id of the first.
-  SK_DEVICE void bring(const Scores& p, int first, const int32_t* ids) {
-    if (!ids) return;
+  // id_of(column): of the whole problem's. Columns beyond the part have the id of the first.
+  template <class IdOf>
+  SK_DEVICE void bring(const Scores& p, int first, IdOf id_of) {
     uint32_t most = 0, most_below = 0;
     for_own_columns<Config>([&](int, int column) {
-      const int32_t id = ids[p.tile.column + first + (first + column < p.tile.columns ? column : 0)];
+      const int32_t id = id_of(p.tile.column + first + (first + column < p.tile.columns ? column : 0));
       id_[column] = id;
       most = max(most, static_cast<uint32_t>(id));
       most_below = max(most_below, ~static_cast<uint32_t>(id));
@@ -229,8 +244,9 @@ struct Ids {
   ColumnIds<Config> id, ignore;
 
   SK_DEVICE void bring(const Scores& p, int first) {
-    id.bring(p, first, p.problem.column.id);
-    ignore.bring(p, first, p.problem.column.ignore);
+    const Side<float>& side = p.problem.column;
+    id.bring(p, first, [&](int64_t column) { return side.id_of(column); });
+    if (side.ignore) ignore.bring(p, first, [&](int64_t column) { return side.ignore[column]; });
   }
 };
 
@@ -247,12 +263,9 @@ struct Chunks {
     const int whole = (p.tile.columns - place.column) / Config::kChunkColumns;
     uint32_t mixed = whole < Config::kChunks ? Config::kAllChunks & ~0u << whole : 0;
     const Side<float>& side = p.problem.row;
-    const auto of_rows = [&](const int32_t* ids, const ColumnIds<Config>& columns) {
-      const int32_t* const of_tile = ids + p.tile.row + place.row;
-      return columns.chunks_with({of_tile[F::row(0)], of_tile[F::row(1)]});
-    };
-    mixed |= of_rows(side.id, ids.id);
-    if (side.ignore) mixed |= of_rows(side.ignore, ids.ignore);
+    const int64_t row[kRows] = {p.tile.row + place.row + F::row(0), p.tile.row + place.row + F::row(1)};
+    mixed |= ids.id.chunks_with({side.id_of(row[0]), side.id_of(row[1])});
+    if (side.ignore) mixed |= ids.ignore.chunks_with({side.ignore[row[0]], side.ignore[row[1]]});
     return {Config::kAllChunks & ~mixed, mixed};
   }
 };

@@ -15,6 +15,10 @@
 #define SK_SM90_WALK 16  // most tiles of a walk
 #endif
 
+#ifndef SK_KEEPS_HALF
+#define SK_KEEPS_HALF 0  // whether products are kept for the backward sweep where they fit the workspace
+#endif
+
 namespace smartclip::cuda::sm90 {
 
 // A block's tile is 128 rows by kColumns_ columns. Each of two warpgroups multiplies 64 rows of it; a third one has the
@@ -55,6 +59,10 @@ struct Config {
 
   // Whether an epilogue of two accumulators reads what it knows anew for every chunk: it has no registers left.
   static constexpr bool kReadsAnew = kAccumulators > 1;
+
+  // 4 bytes written and read a product, or D multiplications of the matrix unit once more: about the same time at D =
+  // 512.
+  static constexpr bool kKeeps = SK_KEEPS_HALF;
 
   // Tiles of columns that blocks work on at the same time: those of their operands stay in the second cache.
   static constexpr int kGroup = SK_SM90_GROUP / kBlockM;

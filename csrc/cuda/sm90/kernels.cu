@@ -76,6 +76,7 @@ struct Of {
   }
 
   static constexpr int kElementBytes = W::kElementBytes;
+  static constexpr bool kKeeps = W::kKeeps;
   static constexpr Resources kResources[] = {
       {"statistics", W::kBlockM, W::kThreads, sizeof(Forward<W>)},
       {"gradient", W::kBlockM, W::kThreads, sizeof(Backward<W>)},

@@ -130,9 +130,11 @@ class Products {
       : pipeline_(pipeline),
         inexact_(Passes::kLow && *tile.inexact != 0),
         steps_a_pass_((tile.depth + Config::kDepth - 1) / Config::kDepth),
-        first_row_(consumer * Config::kConsumerRows * Config::kRowBytes) {
-    // There is such a step, or nothing to be behind in.
-    if (consumer > 0 && Config::kLag > 0 && steps_a_pass_ > Config::kLag) ptx::wait_for(pipeline.full[Config::kLag], 0);
+        first_row_(consumer * Config::kConsumerRows * Config::kRowBytes) {}
+
+  // Before the first product, of the second consumer: there is such a step, or nothing to be behind in.
+  SK_DEVICE void fall_behind() {
+    if (Config::kLag > 0 && steps_a_pass_ > Config::kLag) ptx::wait_for(pipeline_.full[Config::kLag], 0);
   }
 
   SK_DEVICE void multiply(Fragment<Config>& fragment) {

@@ -89,7 +89,8 @@ class SearchOf {
   SK_DEVICE int64_t found_of(int r, int c) const {
     if (!inside(r, c)) return none();
     if (p_.what == Search::kAhead) return key(r, c) > p_.best[p_.per_column ? column(c) : row(r)];
-    const bool positive = p_.problem.row.id[p_.tile.row + row(r)] == p_.problem.column.id[p_.tile.column + column(c)];
+    const bool positive =
+        p_.problem.row.id_of(p_.tile.row + row(r)) == p_.problem.column.id_of(p_.tile.column + column(c));
     return positive ? key(r, c) : kNoKey;
   }
   SK_DEVICE int64_t joined(int64_t a, int64_t b) const { return p_.what == Search::kAhead ? a + b : a > b ? a : b; }

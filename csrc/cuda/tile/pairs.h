@@ -26,7 +26,7 @@ class MixedPairs {
   SK_DEVICE MixedPairs(const Scores& scores, Place place) : scores_(scores), place_(place) {}
 
   SK_DEVICE bool positive(int r, int c) const {
-    return inside(r, c) && scores_.problem.row.id[row(r)] == scores_.problem.column.id[column(c)];
+    return inside(r, c) && scores_.problem.row.id_of(row(r)) == scores_.problem.column.id_of(column(c));
   }
   SK_DEVICE bool candidate(int r, int c) const {
     return inside(r, c) && (positive(r, c) || !scores_.problem.row.ignore ||
@@ -44,17 +44,17 @@ class MixedPairs {
   const Place place_;
 };
 
-// The ids of a thread's rows and columns, whether any two are equal.
-template <class Config>
-SK_DEVICE bool any_equal(const int32_t* row_ids, const int32_t* column_ids) {
+// Whether any two of a thread's rows and columns have the same id. row_id(r), column_id(c): of those of the tile.
+template <class Config, class RowId, class ColumnId>
+SK_DEVICE bool any_equal(RowId row_id, ColumnId column_id) {
   using F = Fragment<Config>;
   int32_t column[F::kColumns];
 #pragma unroll
-  for (int c = 0; c < F::kColumns; ++c) column[c] = column_ids[F::column(c)];
+  for (int c = 0; c < F::kColumns; ++c) column[c] = column_id(F::column(c));
   bool equal = false;
 #pragma unroll
   for (int r = 0; r < F::kRows; ++r) {
-    const int32_t row = row_ids[F::row(r)];
+    const int32_t row = row_id(F::row(r));
 #pragma unroll
     for (int c = 0; c < F::kColumns; ++c) equal |= row == column[c];
   }
@@ -69,8 +69,11 @@ SK_DEVICE bool plain_pairs(const Scores& scores, Place place) {
   // The whole tile has to be there, before ids are read.
   if (place.row + Config::kBlockN > tile.rows || place.column + Config::kBlockM > tile.columns) return false;
   const int64_t row = tile.row + place.row, column = tile.column + place.column;
-  bool mixed = any_equal<Config>(rows.id + row, columns.id + column);
-  if (rows.ignore) mixed |= any_equal<Config>(rows.ignore + row, columns.ignore + column);
+  bool mixed =
+      any_equal<Config>([&](int r) { return rows.id_of(row + r); }, [&](int c) { return columns.id_of(column + c); });
+  if (rows.ignore)
+    mixed |= any_equal<Config>([&](int r) { return rows.ignore[row + r]; },
+                               [&](int c) { return columns.ignore[column + c]; });
   return !ptx::any_in_warp(mixed);
 }
 

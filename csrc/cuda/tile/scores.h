@@ -26,6 +26,11 @@ struct Walk {
   }
 };
 
+// gather() counts the blocks that are done, from 0.
+SK_DEVICE void clear_count(const Scores& p) {
+  if (p.arrived && ptx::block_index() == 0 && ptx::thread_index() == 0) *p.arrived = 0;
+}
+
 // kPlanes numbers of each of a block's lines, brought from planes of `size` numbers; 1 outside of the part.
 template <int kPlanes, int kBlock>
 SK_DEVICE void bring_lines(const float* planes, int64_t size, int64_t start, int first, int count,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from smartclip_kernels.backends.device import DeviceLaunch, Slots, size
+from smartclip_kernels.backends.device import DeviceLaunch, Panel, Slots, size
 from smartclip_kernels.backends.triton import backward, config, forward, interpreted, retrieval
 from smartclip_kernels.engine import Side
 from smartclip_kernels.problem import Problem
@@ -60,46 +61,53 @@ class TritonLaunch(DeviceLaunch):
             SMOOTHING=self.problem.label_smoothing > 0,
         )
 
-    def run_gather(self, partials: Tensor, side: Side, start: int, first: bool) -> None:
-        planes, blocks, count = partials.shape
-        with self.on_device():
-            forward.gather[(triton.cdiv(count, ANCHORS),)](
-                partials,
-                side.statistics,
-                side.loss,
-                self.problem.label_smoothing,
-                blocks,
-                count,
-                start,
-                side.size,
-                int(first),
-                OBJECTIVE=self.problem.objective,
-                PLANES=planes,
-                BLOCKS=PARTIALS,
-                BLOCK=ANCHORS,
-                num_warps=4,
-            )
+    def run_gather(self, panels: Sequence[Panel], last: bool) -> None:
+        for panel in panels:
+            planes, blocks, count = panel.partials.shape
+            with self.on_device():
+                forward.gather[(triton.cdiv(count, ANCHORS),)](
+                    panel.partials,
+                    panel.side.statistics,
+                    panel.side.loss,
+                    self.problem.label_smoothing,
+                    blocks,
+                    count,
+                    panel.start,
+                    panel.side.size,
+                    int(panel.first),
+                    OBJECTIVE=self.problem.objective,
+                    PLANES=planes,
+                    BLOCKS=PARTIALS,
+                    BLOCK=ANCHORS,
+                    num_warps=4,
+                )
 
-    def run_anchors(self, side: Side) -> None:
+    def run_anchors(self, sides: Sequence[Side], gain: Tensor) -> None:
+        weights = [side.weight.contiguous() for side in sides if side.weight is not None]
+        if self.unit is not None:
+            self.run_unit(weights[0], weights[-1], self.room(), self.unit, gain)
         traits = self.problem.traits
-        with self.on_device():
-            backward.anchors[(triton.cdiv(side.size, ANCHORS),)](
-                side.statistics,
-                side.weight,
-                self.unit,
-                self.problem.label_smoothing,
-                side.anchor,
-                side.size,
-                OBJECTIVE=self.problem.objective,
-                PLANES=traits.statistics if traits.needs_statistics else 0,
-                ANCHOR=traits.anchor,
-                BLOCK=ANCHORS,
-                num_warps=4,
-            )
+        for side, weight in zip(sides, weights, strict=True):
+            with self.on_device():
+                backward.anchors[(triton.cdiv(side.size, ANCHORS),)](
+                    side.statistics,
+                    weight,
+                    self.unit,
+                    self.problem.label_smoothing,
+                    side.anchor,
+                    side.size,
+                    OBJECTIVE=self.problem.objective,
+                    PLANES=traits.statistics if traits.needs_statistics else 0,
+                    ANCHOR=traits.anchor,
+                    BLOCK=ANCHORS,
+                    num_warps=4,
+                )
 
-    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor) -> None:
+    def run_unit(self, x: Tensor, y: Tensor, room: float, unit: Tensor, gain: Tensor | None) -> None:
         with self.on_device():
             backward.unit_of[(1,)](x, y, unit, x.numel(), y.numel(), room, BLOCK=4096, num_warps=8)
+        if gain is not None:
+            torch.mul(self.scale, unit, out=gain)
 
     def run_gradient(
         self,

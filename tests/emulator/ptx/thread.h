@@ -23,6 +23,11 @@ SK_DEVICE int warp_index() { return emulator::identity->warp; }
 // PTX ISA, "bar, barrier": bar.sync 0.
 SK_DEVICE void sync_block(SK_HERE) { emulator::sync_block(where); }
 
+// PTX ISA, "membar" and "atom".
+SK_DEVICE bool arrive_last(uint32_t* count) {
+  return __atomic_fetch_add(count, 1u, __ATOMIC_ACQ_REL) == static_cast<uint32_t>(emulator::block_count()) - 1;
+}
+
 // PTX ISA, "bar.warp.sync".
 SK_DEVICE void sync_warp(SK_HERE) { emulator::sync_warp(where); }
 
