@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import io
 import json
+import pickle
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,6 +120,8 @@ def test_records_stay_on_the_disk(numbers: DataConfig) -> None:
     assert rows[-1] == rows[N - 1]
     with pytest.raises(IndexError):
         rows[N]
+    copy = pickle.loads(pickle.dumps(source))  # as it reaches readers where processes are not forked
+    assert list(copy.records["train"]) == list(rows)
 
 
 def test_held_out_pairs_are_others_and_stay_so(numbers: DataConfig) -> None:
