@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class Run:
         tokenizer = tokenizer_for(
             config.model, (text for r in train for text in (r.captions.whole(), *r.captions.short))
         )
+        words = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+        self.data = {"training images": len(train), "words": words}
         masks = config.mask if config.objective == "smartclip" else None
         self.model, self.tokenize = build(config.model, masks, config.data.image_size, DRAWS, tokenizer)
         if self.ranks.first:
@@ -181,10 +184,18 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "config": self.config.as_dict(),
+            "data": self.data,
         }
         return checkpoint.save(self.checkpoints, self.step, self.model, state)
 
     def load(self, found: checkpoint.Checkpoint) -> None:
+        differ = [
+            f"{name}: got {value}, was {found.state['data'][name]}"
+            for name, value in self.data.items()
+            if value != found.state["data"][name]
+        ]
+        if differ:
+            raise ValueError(f"resume: {self.config.data.source} has changed since {found.path}: {'; '.join(differ)}")
         self.model.load_state_dict(found.weights)
         self.optimizer.load_state_dict(found.state["optimizer"])
         self.scaler.load_state_dict(found.state["scaler"])

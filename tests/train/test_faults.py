@@ -163,6 +163,21 @@ def test_a_checkpoint_of_another_configuration(
     assert ends_with(inner, monkeypatch).endswith("other settings: model.embed_dim=16")
 
 
+@pytest.mark.parametrize("more", [True, False])
+def test_other_data_under_a_checkpoint(
+    config: Configure, shapes: Path, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More pairs would come in another order, other words would have other numbers."""
+    run = until(config(), 2)
+    captions = shapes / "captions.jsonl"
+    lines = captions.read_text().splitlines(keepends=True)
+    captions.write_text("".join([*lines, *lines] if more else lines).replace("disc", "disc" if more else "disk"))
+    said = ends_with(config(resume=True), monkeypatch)
+    assert f"resume: {shapes} has changed since {run.checkpoints / 'step-00000002'}: " in said
+    assert ("training images: got 74, was 37" in said) == more
+    assert ("words: got" in said) or more
+
+
 def test_a_reader_that_dies(
     config: Configure, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
