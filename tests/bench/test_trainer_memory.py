@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from bench import report
-from bench.trainer_memory import Row, Setting, measure, run, table, write
+from bench.trainer_memory import Row, Setting, measure, measured_before, run, table, write
 
 ROWS = [
     Row("ours", 1024, 1100.0, 500.0, "ok"),
@@ -25,8 +26,13 @@ def test_the_table_says_who_was_stopped() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    write(tmp_path / "results", ROWS, {**report.environment(), "limit_gib": 6.0, "image_size": 32})
-    found = json.loads((tmp_path / "results" / "trainer-memory.json").read_text())
+    write(tmp_path / "results", ROWS, {**report.environment(), **asdict(Setting(6.0, 1, 32))})
+    results = tmp_path / "results" / "trainer-memory.json"
+    found = json.loads(results.read_text())
+    about = found["environment"]
+    assert measured_before(results, about) == ROWS
+    assert measured_before(results, {**about, "image_size": 16}) == []
+    assert measured_before(tmp_path / "none.json", about) == []
     assert [Row(**row) for row in found["rows"]] == ROWS
     with (tmp_path / "results" / "trainer-memory.csv").open(newline="") as file:
         assert [row["status"] for row in csv.DictReader(file)] == [row.status for row in ROWS]
