@@ -1,6 +1,6 @@
 """``python -m bench``: measure on the CPU; ``distributed``: over processes; ``gpu``: on a GPU; ``tune``: find the best
-sizes of Triton's blocks on it; ``report``: what kernels take of each GPU, without one; ``readme RESULTS.json``: a table
-into the README."""
+sizes of Triton's blocks on it; ``report``: what kernels take of each GPU, without one; ``caching``: what gradient
+caching costs and saves on the CPU; ``readme RESULTS.json``: a table into the README."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     gpu = commands.add_parser("gpu", help="measure the backends of a GPU against their peers")
     over = commands.add_parser("distributed", help="measure losses over two processes on this CPU against open_clip's")
     over.add_argument("--rounds", type=int, default=7, metavar="R", help="default: 7")
-    for measuring in (cpu, gpu, over):
+    caching = commands.add_parser("caching", help="measure gradient caching on the CPU, by what it keeps")
+    for measuring in (cpu, gpu, over, caching):
         measuring.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
         measuring.add_argument(
             "--out",
@@ -46,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
     for measuring in (cpu, gpu):
         measuring.add_argument("--only", nargs="+", choices=tuple(LOSS_NAMES.values()), help="these losses alone")
         measuring.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
-    cpu.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
+    for measuring in (cpu, caching):
+        measuring.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
     gpu.add_argument("--seconds", type=float, default=270, help="no case begins later (default: 270)")
     gpu.add_argument("--backend", nargs="+", metavar="NAME", help="default: those that run on the device")
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a test of this command itself")
@@ -113,6 +115,14 @@ def run_cpu(arguments: argparse.Namespace) -> int:
         log_rows([row], console)
     directory = arguments.out / report.slug(about["device"])
     return finish(rows, [] if arguments.quick else CPU_BARS, about, directory, console)
+
+
+def run_caching(arguments: argparse.Namespace) -> int:
+    from bench import caching  # needs open_clip
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return caching.main(arguments.out / report.slug(report.device_name()), console_of(), quick=arguments.quick)
 
 
 def gpu_backends(device: str) -> list[str]:
@@ -211,7 +221,8 @@ def main(argv: list[str]) -> int:
         from bench import tune  # needs triton
 
         return tune.main(arguments.arch, arguments.seconds, arguments.out)
-    return {"cpu": run_cpu, "distributed": run_distributed, "gpu": run_gpu}[arguments.command](arguments)
+    run = {"cpu": run_cpu, "distributed": run_distributed, "gpu": run_gpu, "caching": run_caching}
+    return run[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ class Method:
     """the kernels make the products, of operands in the inputs' precision; else torch does, widened, in buffers"""
     score_bytes: float = 0.0
     """what the kernels allocate themselves for every score of a tile"""
+    smallest: int = 16
+    """rows and columns of the smallest tile, which is taken where none fits"""
     search_bytes: float = 0.0
     """the same, in a search for the best scores"""
 
@@ -114,7 +116,8 @@ def tile_shape(
     method: Method, sizes: tuple[int, int], score_bytes: float, panel_bytes: int, workspace: int
 ) -> tuple[int, int]:
     """The first of the method's tiles that fits with the panels of its operands; the smallest where none does."""
-    for rows, columns in method.tiles + SMALLEST_TILES:
+    smallest = tuple(tile for tile in SMALLEST_TILES if tile[0] >= method.smallest)
+    for rows, columns in method.tiles + smallest:
         rows, columns = min(rows, sizes[0]), min(columns, sizes[1])
         if score_bytes * rows * columns + panel_bytes * (rows + columns) <= workspace:
             break

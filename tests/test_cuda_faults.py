@@ -46,7 +46,11 @@ FAULTS = {
                                   "for (int warp = 0; warp < 1; ++warp)\n        if (exchange_.plain"),
     "a column's number in a wrong lane": ("sm90/chunks.cuh", "const bool upper = g & half;",
                                           "const bool upper = !(g & half);"),
-    "ids of a chunk not looked at": ("sm90/chunks.cuh", "mixed |= of_rows(side.id, ids.id);", ""),
+    "ids of a chunk not looked at": ("sm90/chunks.cuh",
+                                     "mixed |= ids.id.chunks_with({side.id_of(row[0]), side.id_of(row[1])});", ""),
+    "a loss that does not wait for all blocks": ("vectors.cuh", "shared.last = p.loss && ptx::arrive_last(p.arrived);",
+                                                 "shared.last = p.loss && ptx::block_index() == 0;"),
+    "arrivals counted on from before": ("tile/scores.h", "*p.arrived = 0;", ""),
     "a chunk not put back": ("sm90/backward.cuh", "    unpark(parked, chunk, fragment);\n    if (keeps",
                              "    if (keeps"),
 }  # fmt: skip

@@ -23,6 +23,7 @@ METHOD = Method(
     tiles=((16384, 16384), (8192, 16384), (8192, 8192), (4096, 8192), (4096, 4096), (2048, 4096), (2048, 2048),
            (1024, 2048), (1024, 1024), (512, 1024), (512, 512)),
     fused=True,
+    smallest=128,  # what a block has; launches count on whole ones
     score_bytes=0.9,
     search_bytes=24.0,
 )  # fmt: skip
