@@ -151,7 +151,7 @@ def plot(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
     axes.set_xticks(sizes := sorted({row.batch_size for row in rows}), [f"{size:,}" for size in sizes])
     axes.set(xlabel="contrastive batch (pairs)", ylabel="peak resident memory, GiB", ylim=(0, None))
     axes.set_title(f"smartclip-train, images of {about['image_size']} pixels: the whole process")
-    axes.legend()
+    axes.legend(loc="center left")
     figure.savefig(path, dpi=120)
 
 
