@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+FREE = {"resume", "out", "device", "threads", "data.workers", "checkpoint_every", "log_every"}
+"""Settings that do not change what a run computes: it may go on with others."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class DataConfig:
     evaluate_on: Literal["test", "val"] = "test"
     """emoji only; val is for choosing methods and trains on no more than test does"""
     workers: int = 0
-    """processes that read and decode; 0 reads in the trainer's own"""
+    """processes (of each rank) that read and decode; 0 reads in the trainer's own"""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,9 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
 
     batch_size: int = 2048
-    """images the contrastive loss compares at once"""
+    """images the contrastive loss compares at once, of all ranks together"""
     chunk_size: int = 128
-    """images the encoders see at once"""
+    """images the encoders see at once, of each rank"""
     steps: int = 110
     seed: int = 0
 
@@ -90,10 +94,14 @@ class Config:
     precision: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """bfloat16 and float16 by autocast; float16 needs a GPU"""
     device: str = "cpu"
+    """cuda under torchrun: a GPU for each rank"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch"""
     loss_backend: str | None = None
     """of the losses: "reference" is the naive implementation; default: the best there is"""
+
+    strategy: Literal["gather", "ring"] = "gather"
+    """how the ranks' embeddings meet: all at once, or block after block in less memory"""
 
     out: Path | None = None
     """folder of the run; default: runs/<time>-<objective>-<captions>"""
@@ -109,3 +117,16 @@ class Config:
         plain = dataclasses.asdict(self)
         plain["out"] = None if self.out is None else str(self.out)
         return plain
+
+    def differences(self, before: Mapping[str, object]) -> list[str]:
+        """What of another configuration, as `as_dict` gives it, makes a run another run."""
+
+        def flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+            parts = {f"{prefix}{k}": v for k, v in settings.items() if not isinstance(v, dict)}
+            for name, inner in settings.items():
+                if isinstance(inner, dict):
+                    parts |= flat(inner, f"{prefix}{name}.")
+            return parts
+
+        theirs, ours = flat(before), flat(self.as_dict())
+        return [f"{k}={theirs.get(k)}" for k in ours if k not in FREE and theirs.get(k) != ours[k]]

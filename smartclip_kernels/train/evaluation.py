@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,13 +123,15 @@ def retrieval(image: Tensor, long: Texts) -> dict[str, float]:
 
 def keywords(train: Sequence[Record], records: Sequence[Record]) -> list[str]:
     """Short captions that at least 3 training and 2 test concepts share."""
-    seen, unseen = _concepts(train), _concepts(records)
-    return sorted(w for w, n in unseen.items() if n >= MIN_TEST and seen[w] >= MIN_TRAIN)
+    unseen = {w: n for w, n in _concepts(records).items() if n >= MIN_TEST}
+    seen = _concepts(train, unseen)
+    return sorted(w for w in unseen if seen[w] >= MIN_TRAIN)
 
 
-def _concepts(records: Sequence[Record]) -> Counter[str]:
-    """Short caption -> how many concepts have it."""
-    return Counter(word for _, word in {(r.concept, w) for r in records for w in r.captions.short})
+def _concepts(records: Sequence[Record], words: Container[str] | None = None) -> Counter[str]:
+    """Short caption -> how many concepts have it; of `words` only, if there are millions of records."""
+    pairs = {(r.concept, w) for r in records for w in r.captions.short if words is None or w in words}
+    return Counter(word for _, word in pairs)
 
 
 def average_precision(sim: Tensor, relevant: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -282,5 +282,5 @@ def _open_clip(config: ModelConfig, masks: MaskConfig | None, image_size: int, d
     ), tokenize
 
 
-def tokenizer_for(config: ModelConfig, texts: Sequence[str]) -> Tokenizer:
+def tokenizer_for(config: ModelConfig, texts: Iterable[str]) -> Tokenizer:
     return word_tokenizer(texts) if config.tokens == "word" else byte_tokenizer()

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 import smartclip_kernels as sk
+from smartclip_kernels.train import checkpoint
 from smartclip_kernels.train.config import Config
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Progress:
 def open_metrics(path: Path, first_step: int) -> Any:
     """The file, without the steps that a resumed run takes again (and without a last line cut short by a kill)."""
     kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    checkpoint.replace(path, "".join(json.dumps(line) + "\n" for line in kept))
     return path.open("a")
 
 
@@ -114,7 +115,7 @@ def peak_memory(device: str) -> float:
 
 def finish(config: Config, out: Path, embedder: Embedder, metrics: Mapping[str, float], *, quiet: bool) -> None:
     """evaluation.json, curves.png, retrievals.png and the table."""
-    (out / "evaluation.json").write_text(json.dumps(dict(metrics), indent=1, ensure_ascii=False) + "\n")
+    checkpoint.replace(out / "evaluation.json", json.dumps(dict(metrics), indent=1, ensure_ascii=False) + "\n")
     curves(read_metrics(out / "metrics.jsonl"), out / "curves.png")
     if metrics:
         contact_sheet(embedder, out / "retrievals.png")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smartclip_kernels.train.batches import Batch, Order, batches
+from smartclip_kernels.train.batches import Batch, Order, batches, identity
 from smartclip_kernels.train.config import Config
 from smartclip_kernels.train.data import UnreadableImageError, open_source
 
@@ -69,6 +69,21 @@ def test_ids_say_which_captions_fit_which_images(config: Configure) -> None:
         for j in range(60):
             assert (long[i] == long[j]) == (batch.records[i].concept == batch.records[j].concept)
             assert (short[i] == short[j]) == (batch.texts[1][i] == batch.texts[1][j])
+
+
+def test_ids_are_the_same_in_every_process() -> None:
+    """Python's own hashes are not; ranks on other machines have to agree."""
+    assert identity("text red") == 5778344633565695890
+    assert 0 <= identity("") < 2**63
+    assert len({identity(f"text {n}") for n in range(10_000)}) == 10_000
+
+
+def test_images_that_come_twice_are_known(config: Configure) -> None:
+    batch = next(batches(open_source(config().data), config(batch_size=60), 0))
+    keys = [record.key for record in batch.records]
+    assert len(set(keys)) < 60
+    for i in range(60):
+        assert (batch.image_ids == batch.image_ids[i]).tolist() == [key == keys[i] for key in keys]
 
 
 def test_unreadable_images_are_left_out_and_named(config: Configure, shapes: Path) -> None:

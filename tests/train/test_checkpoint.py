@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_two_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000030"]
 
 
-@pytest.mark.parametrize("moment", range(15))
+@pytest.mark.parametrize("moment", range(17))
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
     tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +82,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
             killed = False
         except KilledError:
             killed = True
-    assert killed == (moment < 14), "the moments of this test no longer cover a save"
+    assert killed == (moment < 16), "the moments of this test no longer cover a save"
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.step in (2, 3)
@@ -109,5 +110,51 @@ def test_files_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(checkpoint, "flush", logged_flush)
     monkeypatch.setattr(Path, "rename", logged_rename)
     checkpoint.save(tmp_path / "c", 5, model(5.0), {})
-    assert sorted(events[:2]) == ["flush model.safetensors", "flush state.pt"]
-    assert events[2:] == ["flush being-written", "rename to step-00000005", "flush c"]
+    assert sorted(events[:3]) == ["flush SHA256SUMS", "flush model.safetensors", "flush state.pt"]
+    assert events[3:] == ["flush being-written", "rename to step-00000005", "flush c"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "emptied"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt", "SHA256SUMS"])
+def test_damage_is_found_and_the_whole_one_named(tmp_path: Path, file: str, damage: str) -> None:
+    older, newest = (checkpoint.save(tmp_path, step, model(step), {"x": torch.arange(9)}) for step in (1, 2))
+    content = (newest / file).read_bytes()
+    (newest / file).unlink()
+    if damage != "missing":
+        middle = len(content) // 2
+        kept = {"cut": content[:-2], "emptied": b""}
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (newest / file).write_bytes(kept.get(damage, flipped))
+    with pytest.raises(checkpoint.BrokenCheckpointError) as error:
+        checkpoint.newest(tmp_path)
+    assert f"{older} is whole: to go on from there, remove {newest}" in str(error.value)
+    if file != "SHA256SUMS":
+        assert str(newest / file) in str(error.value)
+    shutil.rmtree(newest)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    tool = shutil.which("sha256sum")
+    if tool is None:
+        pytest.skip("no sha256sum here")
+    path = checkpoint.save(tmp_path, 1, model(1.0), {})
+    subprocess.run([tool, "--check", "--strict", "SHA256SUMS"], cwd=path, check=True)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file.json"
+    checkpoint.replace(file, "old")
+
+    def killed(path: Path) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "flush", killed)
+        with pytest.raises(KilledError):
+            checkpoint.replace(file, "new")
+    assert file.read_text() == "old"
+    checkpoint.replace(file, "new")
+    assert file.read_text() == "new"

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,10 @@ import smartclip_kernels as sk
 from smartclip_kernels.train import checkpoint
 from smartclip_kernels.train.batches import batches
 from smartclip_kernels.train.config import Config
-from smartclip_kernels.train.loop import NonFiniteError, Run, learning_rate, prepare_folder, train
+from smartclip_kernels.train.loop import prepare_folder, train
 from smartclip_kernels.train.report import read_metrics
+from smartclip_kernels.train.run import NonFiniteError, Run, learning_rate
+from tests.train.processes import options, take_steps
 
 Configure = Callable[..., Config]
 
@@ -69,8 +70,7 @@ def test_chunks_do_not_change_the_gradients(config: Configure, chunk_size: int, 
     losses = []
     for size in (24, chunk_size):
         settings = config(chunk_size=size, precision="float64", out=tmp_path / str(size), steps=4)
-        train(settings, quiet=True)
-        losses.append([line["loss"] for line in read_metrics(tmp_path / str(size) / "metrics.jsonl")])
+        losses.append([numbers["loss"] for numbers in take_steps(None, settings)[0]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
@@ -80,11 +80,34 @@ def test_fused_losses_train_as_the_naive_ones_do(config: Configure, objective: s
     """50 steps in float64: the same curve to 1e-6."""
     curves = []
     for backend in ("reference", "cpu"):
-        out = tmp_path / backend
-        train(config(objective=objective, precision="float64", loss_backend=backend, steps=50, out=out), quiet=True)
-        curves.append([line["loss"] for line in read_metrics(out / "metrics.jsonl")])
+        settings = config(objective=objective, precision="float64", loss_backend=backend, steps=50)
+        logged, _, _ = take_steps(None, dataclasses.replace(settings, out=tmp_path / backend))
+        curves.append([numbers["loss"] for numbers in logged])
     assert len(curves[0]) == 50
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) <= 1e-6
+
+
+def test_an_image_that_comes_twice_is_not_pushed_from_its_other_caption(config: Configure) -> None:
+    """By the formula: equal texts are positives; of one image's copies, each other's texts count for nothing."""
+    settings = config(objective="clip", captions="short", batch_size=80, precision="float64")
+    run = Run(settings, prepare_folder(settings))
+    batch = next(batches(run.source, settings, 0))
+    generator = torch.Generator().manual_seed(0)
+    image, *texts = (torch.randn(80, 16, generator=generator, dtype=torch.float64) / 4 for _ in range(3))
+    found = run.loss(image, texts[0], None, texts[1], None, ids=batch.ids, image_ids=batch.image_ids, share=1.0)
+    expected, n_ignored = 0.0, 0
+    for text, words in zip(texts, batch.texts, strict=True):
+        positive = torch.tensor([[a == b for b in words] for a in words])
+        copies = torch.tensor([[a.key == b.key for b in batch.records] for a in batch.records])
+        ignored = copies & ~positive
+        n_ignored += int(ignored.sum())
+        logits = run.model.log_scale[0].exp().item() * image @ text.T  # 14, as float32 holds its logarithm
+        counted = logits.masked_fill(ignored, -torch.inf)
+        for dim in (0, 1):
+            of_positives = (logits * positive).sum(dim) / positive.sum(dim)
+            expected += 0.5 * (counted.logsumexp(dim) - of_positives).mean().item()
+    assert n_ignored > 20
+    assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_loss_backend_is_the_one_named(config: Configure) -> None:
@@ -108,18 +131,15 @@ def test_resumed_equals_uninterrupted(config: Configure, tmp_path: Path) -> None
     assert same(weights(whole), weights(stopped))
 
 
-@pytest.mark.parametrize(
-    "killed_after", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
-)
-def test_killed_and_resumed_equals_uninterrupted(config: Configure, tmp_path: Path, killed_after: int) -> None:
-    """SIGKILL once so many steps are logged, then the same command again."""
+def test_the_command_line_killed_and_resumed(config: Configure, tmp_path: Path) -> None:
+    """SIGKILL once a step is logged, then the same command again: as uninterrupted. test_kills.py has other moments."""
     whole = config(out=tmp_path / "whole")
     train(whole, quiet=True)
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "smartclip_kernels.train", *options(whole), "--out", str(out), "--resume"]
+    command = [sys.executable, "-m", "smartclip_kernels.train", *options(config(out=out, resume=True))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    while process.poll() is None and len(read_metrics(out / "metrics.jsonl")) < killed_after:
+    while process.poll() is None and not read_metrics(out / "metrics.jsonl"):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() in (-signal.SIGKILL, 0)
@@ -127,21 +147,6 @@ def test_killed_and_resumed_equals_uninterrupted(config: Configure, tmp_path: Pa
     assert same(weights(whole), weights(config(out=out)))
     steps = [line["step"] for line in read_metrics(out / "metrics.jsonl")]
     assert steps == list(range(1, 7))
-
-
-def options(config: Config, prefix: str = "--") -> list[str]:
-    """The command line that makes this configuration."""
-    words: list[str] = []
-    for field in dataclasses.fields(config):
-        value: Any = getattr(config, field.name)
-        name = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            words += options(value, f"{name}.")  # type: ignore[arg-type]
-        elif isinstance(value, bool):
-            words += [name if value else f"{prefix}no-{field.name.replace('_', '-')}"]
-        elif field.name != "out":
-            words += [name, str(value)]
-    return words
 
 
 def test_two_runs_do_not_mix(config: Configure) -> None:
