@@ -37,6 +37,8 @@ def part(inputs: Inputs, rows: list[int], columns: list[int], rank: int) -> Inpu
         cut |= {"image_ids": inputs.image_ids[a], "text_ids": inputs.text_ids[b]}
     if inputs.ignore_ids is not None:
         cut["ignore_ids"] = (inputs.ignore_ids[0][a], inputs.ignore_ids[1][b])
+    if isinstance(inputs.tau_plus, tuple):
+        cut["tau_plus"] = (inputs.tau_plus[0][a], inputs.tau_plus[1][b])
     return replace(inputs, **cut)
 
 
@@ -44,6 +46,8 @@ def distributed_loss(x: Inputs, group: dist.ProcessGroup, options: Options) -> A
     common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
     common |= {"reduction": options.reduction, "backend": options.backend}
     common |= {"group": group, "strategy": options.strategy}
+    if x.objective == "softmax":
+        common |= {"tau_plus": x.tau_plus, "directions": x.directions}
     if x.mask is not None:
         return sk.smartclip_loss(
             x.image,
@@ -186,6 +190,8 @@ DISAGREEMENTS: dict[str, str] = {
     "ids": "image_ids and text_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "ignore": "ignore_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "smoothing": "label_smoothing: all ranks of the group need the same, got rank 1 0.1; ranks 0, 2 0.0",
+    "tau": "tau_plus: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
+    "directions": "directions: all ranks of the group need the same, got rank 1 ['text_to_image']; ranks 0, 2 ['image_",
     "reduction": "reduction: all ranks of the group need the same, got rank 1 sum; ranks 0, 2 mean",
     "strategy": "strategy: all ranks of the group need the same, got rank 1 ring; ranks 0, 2 gather",
     "locked": "gradients wanted: all ranks of the group need the same, got rank 1 ['text']; ranks 0, 2 ['image', ",
@@ -208,6 +214,8 @@ def disagree(group: dist.ProcessGroup, what: str) -> str:
         "smoothing": {"label_smoothing": 0.1},
         "reduction": {"reduction": "sum"},
         "strategy": {"strategy": "ring"},
+        "tau": {"tau_plus": 0.1},
+        "directions": {"directions": ("text_to_image",)},
     }
     changes = options.get(what, {}) if odd else {}
     try:

@@ -15,7 +15,8 @@ from smartclip_kernels import backends, checks
 from smartclip_kernels.distributed.exchange import Exchange
 from smartclip_kernels.distributed.strategies import STRATEGIES, Strategy
 from smartclip_kernels.ops import autocast, first_order, needed_gradients
-from smartclip_kernels.problem import Needs, Problem, Tensors
+from smartclip_kernels.problem import LossCall, Needs, Problem, Tensors
+from smartclip_kernels.reference import DIRECTIONS, asked_for
 from smartclip_kernels.states import STATES
 
 _ops = torch.ops.smartclip
@@ -49,6 +50,7 @@ class Call:
     rows: tuple[list[int], list[int]]  # of image and text, by rank
     image_travels: bool
     ids: tuple[Tensor | None, ...]  # image's, text's, and ignore ids: the travelling side's those of all ranks
+    tau: tuple[Tensor | None, ...]  # image's and text's, likewise
 
     @property
     def travelling_rows(self) -> list[int]:
@@ -66,6 +68,11 @@ class Call:
         ids = (x[window] if k in moving and x is not None else x for k, x in enumerate(self.ids))
         constants = problem.objective, problem.label_smoothing, self.backend, problem.workspace
         return *features, problem.scale, problem.bias, *ids, *constants
+
+    def tau_of(self, window: slice) -> tuple[Tensor | None, ...]:
+        """Of an op, for the same rows."""
+        moving = 0 if self.image_travels else 1
+        return tuple(x[window] if k == moving and x is not None else x for k, x in enumerate(self.tau))
 
     def sides(self, own: Tensor, travelling: Tensor) -> tuple[Tensor, Tensor]:
         """In the order of rows and columns."""
@@ -109,7 +116,7 @@ class _Loss(torch.autograd.Function):
         kept: dict[int, Tensor] = {}
 
         def visit(window: slice, block: Tensors) -> Tensors:
-            *_, row_states, column_states, products = _ops.loss(*call.arguments(window, block))
+            *_, row_states, column_states, products = _ops.loss(*call.arguments(window, block), *call.tau_of(window))
             parts[window.start] = call.sides(row_states, column_states)
             # What a call may keep of its products is for all of its blocks together.
             room = problem.workspace // 2 - sum(x.nbytes for x in kept.values())
@@ -123,7 +130,11 @@ class _Loss(torch.autograd.Function):
         if travelling.shape[1]:
             pieces = call.exchange.swap(travelling.split(call.travelling_rows, dim=1))
             travelling = state.merge(torch.stack(pieces))
-        losses = [state.loss(x, problem.label_smoothing) if x.shape[1] else x[0] for x in (own, travelling)]
+        tau = problem.image_tau, problem.text_tau
+        losses = [
+            state.loss(x, problem.label_smoothing, t, problem.least_logit()) if x.shape[1] else x[0]
+            for x, t in zip((own, travelling), reversed(tau) if call.image_travels else tau, strict=True)
+        ]
         positives = [x[0].clone() for x in (own, travelling)]
         ctx.call, ctx.kept = call, kept
         ctx.save_for_backward(own, travelling, *inputs)
@@ -153,12 +164,13 @@ class _Loss(torch.autograd.Function):
             states = call.sides(own, travelling[:, window])
             u, v = call.sides(own_weight, travelling_weight[window])
             arguments = *states, ctx.kept[window.start], *call.arguments(window, block)
+            tau = call.tau_of(window)
             if not call.semantics.sides_apart:
-                grads = _ops.loss_backward(u, v, *arguments, call.needs, True)
+                grads = _ops.loss_backward(u, v, *arguments, call.needs, True, *tau)
             else:
                 image, text, mask, *scalars = call.needs
-                of_rows = _ops.loss_backward(u, 0 * v, *arguments, [image, False, False, *scalars], True)
-                of_columns = _ops.loss_backward(0 * u, v, *arguments, [False, text, mask, *scalars], True)
+                of_rows = _ops.loss_backward(u, 0 * v, *arguments, [image, False, False, *scalars], True, *tau)
+                of_columns = _ops.loss_backward(0 * u, v, *arguments, [False, text, mask, *scalars], True, *tau)
                 grads = [
                     of_rows[0],
                     *of_columns[1:3],
@@ -236,7 +248,7 @@ class _SameValue(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def loss(
-    make: Callable[[], tuple[tuple[Any, ...], str]],
+    make: Callable[[], LossCall],
     group: dist.ProcessGroup,
     strategy: str,
     semantics: Semantics = EXACT,
@@ -244,24 +256,27 @@ def loss(
     """The loss over all ranks of `group`, as `clip_loss` describes it.
 
     Args:
-        make: gives an op's arguments for own rows and the reduction. What it raises, every rank hears of.
+        make: gives the loss of own rows. What it raises, every rank hears of.
     """
     exchange = Exchange(group)
     error: Exception | None = None
     has: dict[str, Any] = {}
     try:
-        arguments, reduction = make()
-        arguments = (*autocast(*arguments[:3]), *arguments[3:])
+        asked = make()
+        arguments, reduction = (*autocast(*asked.arguments[:3]), *asked.arguments[3:]), asked.reduction
         checks.problem(*arguments[:-2])
+        checks.tau(asked.tau, arguments[0], arguments[1], arguments[9])
         device = arguments[0].device
         exchange.check_device(device)
         backend = backends.resolve(arguments[-2], device)
-        has = _header(arguments, reduction, strategy, semantics)
+        has = _header(asked._replace(arguments=arguments), strategy, semantics)
     except (TypeError, ValueError, RuntimeError) as failure:
         error = failure
     everyone = exchange.agree("forward", has, error)
     workspace = arguments[-1] or backends.workspace_bytes(device)
-    problem = Problem(*arguments[:-2])._replace(workspace=workspace)
+    problem = Problem(*arguments[:-2])._replace(
+        workspace=workspace, shares=asked.shares, image_tau=asked.tau[0], text_tau=asked.tau[1]
+    )
     rows = [it["Images"] for it in everyone], [it["Texts"] for it in everyone]
     # The lighter side: a masked text is as wide as two images.
     image_travels = sum(rows[0]) < sum(rows[1]) * (1 if problem.mask is None else 2)
@@ -278,6 +293,7 @@ def loss(
         rows,
         image_travels,
         ids,
+        _tau(problem, exchange, rows, image_travels),
     )
     inputs = problem.inputs()
     if reduction != "none" and not problem.traits.needs_statistics:
@@ -287,7 +303,7 @@ def loss(
     else:
         rows_, columns, *positives = _Loss.apply(call, *inputs)
         if reduction == "none":
-            return (rows_, columns) if problem.traits.both_sides else rows_
+            return asked_for(rows_, columns, problem.objective, problem.shares)
         share = _share(call, reduction, rows_, columns, *positives)
     value = exchange.size * share
     return _SameValue.apply(value, exchange) if semantics.same_value else value
@@ -304,18 +320,22 @@ def _share(call: Call, reduction: str, rows: Tensor, columns: Tensor, *positives
     """Of the loss over all ranks: that of own rows and columns."""
     if not call.problem.traits.both_sides:
         return rows.sum() / sum(call.rows[0]) if reduction == "mean" else rows.sum()
+    sides = zip((rows, columns), call.problem.shares, strict=True)
+    # A side without a share is left out: 0 times its infinity would be NaN.
+    sums = [share * x.sum() if share else x.new_zeros(()) for x, share in sides]
     if reduction == "sum":
-        return (rows.sum() + columns.sum()) / 2
+        return sums[0] + sums[1]
     if call.problem.image_ids is None:
-        return (rows.sum() + columns.sum()) / (2 * sum(call.rows[0]))
+        return (sums[0] + sums[1]) / sum(call.rows[0])
     own = torch.stack([(x > 0).sum() for x in positives])[None]
     (counts,) = call.exchange.gather((own,), [1] * call.exchange.size)
     anchors = counts.sum(0).clamp(min=1)
-    return (rows.sum() / anchors[0] + columns.sum() / anchors[1]) / 2
+    return sums[0] / anchors[0] + sums[1] / anchors[1]
 
 
-def _header(arguments: tuple[Any, ...], reduction: str, strategy: str, semantics: Semantics) -> dict[str, Any]:
+def _header(call: LossCall, strategy: str, semantics: Semantics) -> dict[str, Any]:
     """What the ranks have to agree on, and, with a capital letter, how many rows each has."""
+    arguments = call.arguments
     image, text, mask, _, bias = arguments[:5]
     wants = zip(Needs._fields, needed_gradients(*arguments[:5]), strict=True)
     return {
@@ -327,7 +347,9 @@ def _header(arguments: tuple[Any, ...], reduction: str, strategy: str, semantics
         "ignore_ids": "absent" if arguments[7] is None else "given",
         "objective": arguments[9],
         "label_smoothing": arguments[10],
-        "reduction": reduction,
+        "tau_plus": "absent" if call.tau[0] is None else "given",
+        "directions": [name for name, share in zip(DIRECTIONS, call.shares, strict=True) if share],
+        "reduction": call.reduction,
         "strategy": strategy,
         "gradients wanted": [name for name, wanted in wants if wanted],
         "semantics": asdict(semantics),
@@ -354,3 +376,15 @@ def _ids(
         own = everyone[start : start + problem.n]
         ids[:2] = (everyone, own) if image_travels else (own, everyone)
     return tuple(ids)
+
+
+def _tau(
+    problem: Problem, exchange: Exchange, rows: tuple[list[int], list[int]], image_travels: bool
+) -> tuple[Tensor | None, ...]:
+    """Image's and text's. The travelling side's of all ranks: whoever scores its rows makes their part of G."""
+    moving = 0 if image_travels else 1
+    tau = [problem.image_tau, problem.text_tau]
+    if (own := tau[moving]) is not None:
+        (whole,) = exchange.gather((own[:, None],), rows[moving])
+        tau[moving] = whole[:, 0].contiguous()
+    return tuple(tau)
