@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from smartclip_kernels import checks, distributed, ops  # noqa: F401  # ops registers torch.ops.smartclip
+from smartclip_kernels import checks, distributed, ops
 from smartclip_kernels.backends import check_name
 from smartclip_kernels.problem import LossCall
 from smartclip_kernels.reference import OBJECTIVES, asked_for, compute_dtype, shares_of, tau_vectors
@@ -37,6 +38,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     tau_plus: TauPlus = 0.0,
     directions: Sequence[Direction] = BOTH,
+    dims: Sequence[int] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
     strategy: Strategy = "gather",
@@ -48,7 +50,8 @@ def clip_loss(
     ½ · mean_i(log Σ_j e^{s_ij} − mean_{j ∈ P(i)} s_ij) + ½ · mean_j(log Σ_i e^{s_ij} − mean_{i ∈ P(j)} s_ij).
 
     Args:
-        image: (N, D), used as given: normalise it as open_clip does. float16, bfloat16, float32 or float64.
+        image: (N, D), used as given (without dims): normalise it as open_clip does. float16, bfloat16, float32 or
+            float64.
         text: (M, D), image's dtype and device.
         logit_scale: α, already exponentiated: a float, a 0-D or a 1-element tensor. Learnable.
         logit_bias: β, likewise; the softmax does not depend on it and its gradient is exactly 0.
@@ -68,6 +71,11 @@ def clip_loss(
             looked at. Where τ is 0 nothing is corrected.
         directions: whose losses count: images' among texts, texts' among images, or both, half each. Of one alone the
             loss is that side's mean or sum, without the ½.
+        dims: Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147): strictly increasing widths, none above D.
+            The loss is the sum over d in dims of that of image[:, :d] / ‖image[:, :d]‖ and text[:, :d] / ‖text[:, :d]‖,
+            row by row: with dims, features are normalised here, in the precision of the scores, and rounded to their
+            dtype. One loss after the other: Σ dims / D times the products (and bytes among ranks) of one loss over all
+            D, but len(dims) passes over the scores, and normalised copies of the prefixes in memory.
         reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½; of one
             direction its losses alone.
         group: a `torch.distributed` process group whose ranks hold the batch together: image, text and ids are this
@@ -114,6 +122,7 @@ def clip_loss(
         strategy,
         tau_plus=tau_plus,
         directions=directions,
+        dims=dims,
     )
 
 
@@ -126,6 +135,7 @@ def siglip_loss(
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
+    dims: Sequence[int] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
     strategy: Strategy = "gather",
@@ -137,7 +147,7 @@ def siglip_loss(
     positive pair, −1 otherwise.
 
     Args:
-        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, group, strategy, backend: as in
+        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, dims, group, strategy, backend: as in
             `clip_loss`. With `group`, the mean divides by all ranks' images, and a rank's share are the pairs that it
             scores: its own images with all texts (where images are fewer, or masked: all images with its own texts).
         reduction: "mean" (divides by N), "sum" over all pairs, or "none": losses of the images (N,).
@@ -163,6 +173,7 @@ def siglip_loss(
         backend,
         group,
         strategy,
+        dims=dims,
     )
     return loss
 
@@ -321,6 +332,7 @@ def contrastive_loss(
     *,
     tau_plus: TauPlus = 0.0,
     directions: Sequence[Direction] = BOTH,
+    dims: Sequence[int] | None = None,
 ) -> Any:
     """Any of the losses; `semantics` of a distributed one are for open_clip's flags (modules.py)."""
     arguments = partial(
@@ -339,11 +351,22 @@ def contrastive_loss(
         backend,
         tau_plus,
         directions,
+        dims,
     )
     checks.choice("strategy", strategy, tuple(distributed.STRATEGIES))
-    if group is None or distributed.group_of(group).size() == 1:
-        return _one_process(arguments())
-    return distributed.loss(arguments, group, strategy, semantics)
+    alone = group is None or distributed.group_of(group).size() == 1
+    losses = []
+    # What is wrong with dims is found out where the other ranks hear of it.
+    for level in range(len(dims) if isinstance(dims, (tuple, list)) and dims else 1):
+        make = partial(arguments, level)
+        losses.append(_one_process(make()) if alone else distributed.loss(make, group, strategy, semantics))
+    if isinstance(losses[0], tuple):
+        return tuple(_total(side) for side in zip(*losses, strict=True))
+    return _total(losses)
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum(0)
 
 
 def _arguments(
@@ -361,10 +384,16 @@ def _arguments(
     backend: str | None,
     tau_plus: TauPlus,
     directions: Sequence[Direction],
+    dims: Sequence[int] | None,
+    level: int,
 ) -> LossCall:
-    """Of an op, from what a caller gave."""
+    """Of an op, from what a caller gave. `level`: which of `dims`."""
     checks.tensor("image", image)
     checks.tensor("text", text)
+    if dims is not None:
+        checks.features(*ops.autocast(image, text))
+        width = checks.prefix(dims, level, image)
+        image, text = (_normalised(x[:, :width]) for x in (image, text))
     checks.choice("objective", objective, tuple(OBJECTIVES))
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.directions(directions, objective)
@@ -376,6 +405,11 @@ def _arguments(
     constants = objective, float(label_smoothing), _backend(backend), 0
     arguments = image, text, mask, scale, bias, image_ids, text_ids, *ignore, *constants
     return LossCall(arguments, reduction, shares_of(directions), _tau(tau_plus, image, text))
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Rows of length 1, made in the precision of the scores."""
+    return F.normalize(x.to(compute_dtype(x.dtype)), dim=1).to(x.dtype)
 
 
 def _one_process(call: LossCall) -> Any:

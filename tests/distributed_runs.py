@@ -93,6 +93,22 @@ def set_workspace(group: dist.ProcessGroup, megabytes: float | None) -> int:
     return 0
 
 
+def prefixes(group: dist.ProcessGroup, whole: Inputs, rows: list[int], dims: Any) -> list[Tensor]:
+    x, wanted = leaves(part(whole, rows, rows, dist.get_rank(group)))
+    loss = sk.clip_loss(x.image, x.text, x.logit_scale, x.logit_bias, dims=dims, group=group)
+    return [loss.detach(), *torch.autograd.grad(loss, list(wanted.values()))]
+
+
+def prefixes_of_one_rank(group: dist.ProcessGroup) -> str:
+    """What the others hear of it."""
+    x = make_inputs(4, d=8)
+    try:
+        sk.clip_loss(x.image, x.text, 2.0, dims=(9,) if dist.get_rank(group) == 1 else (4,), group=group)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
 class Towers(nn.Module):
     """Two small towers, a mask head, scale and bias; the same in every process."""
 

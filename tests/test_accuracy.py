@@ -276,6 +276,38 @@ def test_the_side_that_is_not_asked_for_may_be_infinite(backend: str) -> None:
     assert sk.clip_loss(image, text, 1.0, backend=backend) == torch.inf
 
 
+@objectives
+@dtypes
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_prefixes(backend: str, objective: str, dtype: torch.dtype, reduction: str) -> None:
+    """The sum of the definition's losses of normalised prefixes."""
+    inputs = make_inputs(40, 31, 24, objective=objective, dtype=dtype, normalize=False, scale=9.0, bias=-1.0)
+    dims = (5, 16, 24)
+    loss: Any = sk.clip_loss if objective == "softmax" else sk.siglip_loss
+
+    def evaluate(x: Inputs, level: int | None) -> list[torch.Tensor]:
+        leaves: dict[str, Any] = {name: value.detach().requires_grad_() for name, value in x.leaves.items()}
+        ids: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "reduction": reduction}
+        image, text, *scalars = leaves.values()
+        if level is None:
+            result = loss(image, text, *scalars, dims=dims, backend=backend, **ids)
+        else:
+            image, text = (torch.nn.functional.normalize(f[:, :level], dim=1) for f in (image, text))
+            result = reference.loss(image, text, None, *scalars, objective=objective, **ids)
+        losses = result if isinstance(result, tuple) else (result,)
+        weights = [torch.linspace(1, 2, value.numel()).to(value).reshape(value.shape) for value in losses]
+        grads = torch.autograd.grad(losses, list(leaves.values()), weights)
+        assert len(losses) == 1 + (objective == "softmax" and reduction == "none")
+        return [value.detach().double() for value in (*losses, *grads)]
+
+    parts = zip(*(evaluate(inputs.to(torch.float64), level) for level in dims), strict=True)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    for got, of_levels in zip(evaluate(inputs, None), parts, strict=True):
+        true = torch.stack(of_levels).sum(0)
+        scale = 1.0 if true.ndim == 0 and true.abs() < 1e-9 else true.abs().max()  # the bias of a softmax
+        assert (got - true).abs().max() <= tolerance * scale
+
+
 @similarities
 @objectives
 @reductions

@@ -31,6 +31,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "smartclip_loss": sk.smartclip_loss,
 }
 SOFTMAX = {name: LOSSES[name] for name in ("clip_loss", "smartclip_loss")}
+PREFIXES = {name: LOSSES[name] for name in ("clip_loss", "siglip_loss")}
 MASKED: dict[str, Callable[..., Any]] = {
     "smartclip_loss": sk.smartclip_loss,
     "masked_similarity": sk.masked_similarity,
@@ -231,6 +232,18 @@ CASES: dict[str, Case] = {
         {"objective": "sigmoid", "directions": ("image_to_text",)},
         ValueError,
         ["directions", "'image_to_text'", "sigmoid"],
+    ),
+    **{
+        f"dims of {value}": (PREFIXES, {"dims": value}, ValueError, ["dims", re.escape(repr(value)), "increasing", "8"])
+        for value in ((), (0, 4), (4, 4), (8, 4), (4, 9), [-1, 8])
+    },
+    "dims is a number": (PREFIXES, {"dims": 4}, TypeError, ["dims", "4", "tuple of ints"]),
+    "dims are floats": (PREFIXES, {"dims": (4.0,)}, TypeError, ["dims", r"\(4\.0,\)", "tuple of ints"]),
+    "a wider text's prefix": (
+        PREFIXES,
+        {"dims": (4,), "text": torch.ones(M, D + 1)},
+        ValueError,
+        ["text", "9", "image", "8"],
     ),
     # retrieval
     "k of 0": ({"masked_topk": sk.masked_topk}, {"k": 0}, ValueError, ["k", "0", "1"]),

@@ -180,6 +180,19 @@ def test_debiased_and_in_one_direction(
         check(ranks, whole, rows, columns, Options(strategy, reduction, backend=name))
 
 
+def test_prefixes(ranks: Ranks) -> None:
+    rows, dims = [3, 1, 5], (6, 24)
+    whole = batch(rows, rows)
+    found = ranks.run(runs.prefixes, whole, rows, dims, among=3)
+    x, wanted = runs.leaves(whole)
+    loss = sk.clip_loss(x.image, x.text, x.logit_scale, x.logit_bias, dims=dims)
+    image, text, *_ = torch.autograd.grad(loss, list(wanted.values()))
+    torch.testing.assert_close(torch.stack([x[0] for x in found]).mean(), loss.detach(), rtol=1e-12, atol=0)
+    for k, grad in ((1, image), (2, text)):
+        torch.testing.assert_close(torch.cat([x[k] for x in found]) / 3, grad, rtol=1e-10, atol=1e-13)
+    assert all("dims: got (9,), needs" in message for message in ranks.outcomes(runs.prefixes_of_one_rank, among=3))
+
+
 @objectives
 @strategies
 @pytest.mark.parametrize("mask", ["bool", "hard"])

@@ -100,7 +100,9 @@ def everything(backend: str) -> Callable[..., Tensor]:
         b: dict[str, Any] = {"backend": backend}
         row, column = sk.clip_loss(image, text, scale, reduction="none", label_smoothing=0.1, **b)
         loss: Tensor = sk.clip_loss(image, text, scale, bias, **b) + row[1] + column[2]
-        loss = loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, **b)
+        loss = (
+            loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, dims=(7, 16), **b)
+        )
         debiased: dict[str, Any] = {"tau_plus": 0.05, "directions": ("text_to_image",)}
         loss = loss + sk.smartclip_loss(image, text, mask, scale, reduction="sum", **debiased, **b)
         loss = loss + sk.smartclip_loss(image, text, mask, scale, bias, objective="sigmoid", **b)
