@@ -138,8 +138,8 @@ struct Softmax {
     numbers[4] = select(no_anchor, V(0), smoothing * weight / state.candidates);
   }
 
-  // Without tau: u_i e^{s - r_i} + v_j e^{s - c_j} - (1 - e) [positive] (u_i / |P(i)| + v_j / |P(j)|) - e (u_i / M +
-  // v_j / N)
+  // Without tau:
+  // u_i e^{s - r_i} + v_j e^{s - c_j} - (1 - e) [positive] (u_i / |P(i)| + v_j / |P(j)|) - e (u_i / M + v_j / N)
   template <class V, class M>
   SK_HOST_DEVICE static V gradient(V logit, const V* row, const V* column, M positive, M candidate) {
     return select(candidate, part(logit, row, positive) + part(logit, column, positive), V(0));

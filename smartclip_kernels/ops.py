@@ -68,8 +68,9 @@ def needed_gradients(*inputs: Tensor | None) -> list[bool]:
 
 def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        _library.impl(name, _completed(name, kernel), "CompositeExplicitAutograd")
-        return kernel
+        completed = _completed(name, kernel)
+        _library.impl(name, completed, "CompositeExplicitAutograd")
+        return completed
 
     return register
 
