@@ -138,7 +138,7 @@ def _types(variant: Variant) -> dict[str, Any]:
     columns = (x, x, x, x, "*i32") if split else (x,) * (2 if masked else 1)
     integers = "row_stride column_stride out_stride n m d row_start column_start row_size column_size"
     numbers = "row_factor column_factor scale bias row_partials column_partials partials into losses statistics"
-    more = "weight unit row_anchor column_anchor column_scores grad_sim x y"
+    more = "weight unit tau row_anchor column_anchor column_scores grad_sim x y"
     types: dict[str, Any] = dict.fromkeys(f"{integers} blocks count start size first".split(), "i32")
     types |= dict.fromkeys(f"{numbers} {more}".split(), "*fp32")
     types |= dict.fromkeys(["row_id", "column_id", "row_ignore", "column_ignore"], "*i32")

@@ -51,6 +51,7 @@ Side<T> side_of(const py::dict& from) {
   side.factor = pointer<const T>(address_of(from, "factor"), "factor");
   side.statistics = pointer<T>(address_of(from, "statistics"), "statistics");
   side.loss = pointer<T>(address_of(from, "loss"), "loss");
+  side.tau = pointer<const T>(address_of(from, "tau"), "tau");
   side.weight = pointer<const T>(address_of(from, "weight"), "weight");
   side.anchor = pointer<T>(address_of(from, "anchor"), "anchor");
   side.score_gradient = pointer<T>(address_of(from, "score_gradient"), "score_gradient");

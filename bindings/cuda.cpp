@@ -100,9 +100,9 @@ class Launch {
   }
 
   // `rows`, `columns`: (states, slots, count, start, first) of a panel. `sums`: 16 bytes for every kVectorThreads
-  // anchors of the rows, then of the columns. `loss`: null before the last part.
+  // anchors of the rows, then of the columns. `loss`: null before the last part. `shares`: of rows and columns in it.
   void gather(const Merge& rows, const std::optional<Merge>& columns, const std::string& reduction, uintptr_t sums,
-              uintptr_t loss, uintptr_t weights) const {
+              uintptr_t loss, uintptr_t weights, const std::pair<double, double>& shares) const {
     Gather p;
     p.row = problem_.row;
     p.row_partials = partials(rows, p.row);
@@ -111,6 +111,8 @@ class Launch {
       p.column = problem_.column;
       p.column_partials = partials(*columns, p.column);
     }
+    p.scale = problem_.scale;
+    p.bias = problem_.bias;
     p.smoothing = problem_.label_smoothing;
     p.sums = pointer<LossSum>(sums, "sums");
     p.loss = pointer<float>(loss, "loss");
@@ -120,6 +122,7 @@ class Launch {
       if (!p.sums || !p.arrived) refuse("a loss is made of sums, by the last block to arrive");
       if (reduction != "sum" && reduction != "mean") refuse("no reduction is named " + reduction);
       p.reduction = reduction == "sum" ? Reduction::kSum : Reduction::kMean;
+      std::tie(p.shares[0], p.shares[1]) = shares;
     }
     run([&] { kernels_->gather(p, stream_); });
   }
@@ -135,6 +138,7 @@ class Launch {
     p.unit = pointer<float>(unit, "unit");
     p.room = static_cast<float>(room);
     p.scale = problem_.scale;
+    p.bias = problem_.bias;
     p.gain = p.unit && uniform ? required<float>(gain, "gain") : nullptr;
     p.smoothing = problem_.label_smoothing;
     run([&] { kernels_->anchors(p, stream_); });
@@ -302,7 +306,7 @@ void define(py::module_& module) {
       .def("derivative", &Launch::derivative)
       .def("search", &Launch::search)
       .def("gather", &Launch::gather, arg("rows"), arg("columns"), arg("reduction") = "none", arg("sums") = 0,
-           arg("loss") = 0, arg("weights") = 0)
+           arg("loss") = 0, arg("weights") = 0, arg("shares") = std::make_pair(0.5, 0.5))
       .def("anchors", &Launch::anchors, arg("uniform"), arg("room"), arg("unit"), arg("gain"))
       .def("unit", &Launch::unit)
       .def("parameter_gradient", &Launch::parameter_gradient)

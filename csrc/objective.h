@@ -2,8 +2,8 @@
 //
 // V is a number or a pack of numbers, M what comparing two of them gives. An objective has
 //   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state
-//   loss       of an anchor, from its statistics; is_anchor: whether it counts in their mean
-//   anchor     from an anchor's statistics and weight (the gradient of its loss) to the kAnchor numbers that G needs
+//   loss       of an anchor, from its statistics and target; is_anchor: whether it counts in their mean
+//   anchor     from these and a weight (the gradient of the anchor's loss) to the kAnchor numbers that G needs
 //   gradient   G of a pair, from its logit and both anchors
 // Nearly all candidates are not positive. Of those a sweep may do many at once:
 //   Others<V>  their sum, of at most kMost; with a shift that none of the logits exceeds, where the objective kShifts
@@ -18,6 +18,8 @@
 namespace smartclip::SK_ISA {
 
 // InfoNCE: r_i = log sum_j e^{s_ij}, L_i = r_i - (1 - e) mean_{j in P(i)} s_ij - e mean_j s_ij, the same for columns.
+// With a tau, debiased: r_i = log(P + g), g = max((O - K tau P / |P(i)|) / (1 - tau), K e^{least}), where P and O are
+// the sums of e^s over positives and over the K others.
 struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr bool kNeedsStatistics = true;
@@ -82,36 +84,61 @@ struct Softmax {
     return state.positives != V(0);
   }
 
-  // log(1 + others / positive) where a lone positive dominates: the general form would round at 1. There, max is
+  // g, relative to max as the masses are, and its derivatives. At a tau of 0: the others' mass, bit by bit.
+  template <class V>
+  struct Negatives {
+    V mass, by_others, by_positives;
+
+    SK_HOST_DEVICE Negatives(const State<V>& state, const Target<V>& target) {
+      const V count = state.candidates - state.positives, rest = V(1) - target.tau;
+      const V among = count * target.tau / state.positives;
+      const V debiased = (state.other_mass - among * state.positive_mass) / rest;
+      const V floor = select(count == V(0), V(0), count * exp(target.least - state.max));
+      const auto biased = target.tau == V(0), floored = debiased < floor;
+      mass = select(biased, state.other_mass, select(floored, floor, debiased));
+      by_others = select(biased, V(1), select(floored, V(0), V(1) / rest));
+      by_positives = select(biased, V(0), select(floored, V(0), -among / rest));
+    }
+  };
+
+  // log(1 + negatives / positive) where a lone positive dominates: the general form would round at 1. There, max is
   // subtracted before the logarithm is added: their sum would round at the size of the logits.
   template <class V>
-  SK_HOST_DEVICE static V loss(const State<V>& state, V smoothing) {
+  SK_HOST_DEVICE static V loss(const State<V>& state, const Target<V>& target) {
+    const V smoothing = target.smoothing;
     const auto no_anchor = state.positives == V(0);
     const V positives = select(no_anchor, V(1), state.positives);
+    const V negatives = Negatives<V>(state, target).mass;
     const V general =
-        (state.max - (V(1) - smoothing) * state.positive_sum / positives) + log(state.positive_mass + state.other_mass);
-    const V certain = smoothing * state.positive_sum + log1p(state.other_mass / state.positive_mass);
-    const auto dominates = (state.positives == V(1)) & (state.other_mass <= state.positive_mass);
+        (state.max - (V(1) - smoothing) * state.positive_sum / positives) + log(state.positive_mass + negatives);
+    const V certain = smoothing * state.positive_sum + log1p(negatives / state.positive_mass);
+    const auto dominates = (state.positives == V(1)) & (negatives <= state.positive_mass);
     V loss = select(dominates, certain, general);
     loss = loss - select(smoothing == V(0), V(0), smoothing * state.total / state.candidates);
     return select(no_anchor, V(0), loss);
   }
 
-  // max; what multiplies e^{s - max}; at a positive: what multiplies that, and what is added; each candidate's share.
+  // max; what multiplies e^{s - max} of others, and of positives; what is added at these; each candidate's share.
+  // Of a lone positive P (1 + dg/dP) / (P + g) - 1 is known without cancelling: it is minus what the others' G add up
+  // to, or minus g / (P + g) where g is the floor.
   template <class V>
-  SK_HOST_DEVICE static void anchor(const State<V>& state, V weight, V smoothing, V* numbers) {
+  SK_HOST_DEVICE static void anchor(const State<V>& state, V weight, const Target<V>& target, V* numbers) {
+    const V smoothing = target.smoothing;
     const auto no_anchor = state.positives == V(0);
     const auto lone = state.positives == V(1);
-    const V sum = state.positive_mass + state.other_mass;
-    const V certain = smoothing * weight - weight * (state.other_mass / sum);
+    const Negatives<V> negatives(state, target);
+    const V sum = state.positive_mass + negatives.mass, factor = weight / sum;
+    const V pushed = select(negatives.by_others == V(0), negatives.mass, state.other_mass * negatives.by_others);
+    const V certain = smoothing * weight - weight * (pushed / sum);
     const V share = -(V(1) - smoothing) * weight / state.positives;
     numbers[0] = state.max;
-    numbers[1] = select(no_anchor, V(0), weight / sum);
-    numbers[2] = select(lone, V(0), V(1));
+    numbers[1] = select(no_anchor, V(0), factor * negatives.by_others);
+    numbers[2] = select(no_anchor | lone, V(0), factor * (V(1) + negatives.by_positives));
     numbers[3] = select(no_anchor, V(0), select(lone, certain, share));
     numbers[4] = select(no_anchor, V(0), smoothing * weight / state.candidates);
   }
 
+  // Without tau:
   // u_i e^{s - r_i} + v_j e^{s - c_j} - (1 - e) [positive] (u_i / |P(i)| + v_j / |P(j)|) - e (u_i / M + v_j / N)
   template <class V, class M>
   SK_HOST_DEVICE static V gradient(V logit, const V* row, const V* column, M positive, M candidate) {
@@ -138,8 +165,8 @@ struct Softmax {
  private:
   template <class V, class M>
   SK_HOST_DEVICE static V part(V logit, const V* anchor, M positive) {
-    const V probability = exp(logit - anchor[0]) * anchor[1];
-    return select(positive, probability * anchor[2] + anchor[3], probability) - anchor[4];
+    const V probability = exp(logit - anchor[0]) * select(positive, anchor[2], anchor[1]);
+    return select(positive, probability + anchor[3], probability) - anchor[4];
   }
 };
 
@@ -195,12 +222,12 @@ struct Sigmoid {
   }
 
   template <class V>
-  SK_HOST_DEVICE static V loss(const State<V>& state, V) {
+  SK_HOST_DEVICE static V loss(const State<V>& state, const Target<V>&) {
     return state.sum;
   }
 
   template <class V>
-  SK_HOST_DEVICE static void anchor(const State<V>&, V weight, V, V* numbers) {
+  SK_HOST_DEVICE static void anchor(const State<V>&, V weight, const Target<V>&, V* numbers) {
     numbers[0] = weight;
   }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartclip_kernels.reference import OBJECTIVES
+from smartclip_kernels.reference import DIRECTIONS, OBJECTIVES
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
@@ -124,6 +124,46 @@ def problem(
         raise ValueError(f"label_smoothing: got {label_smoothing}, needs a number in [0, 1)")
     if label_smoothing and not OBJECTIVES[objective].both_sides:
         raise ValueError(f"label_smoothing: got {label_smoothing}, needs 0 with the {objective} objective")
+
+
+def tau(pair: Sequence[Tensor | None], image: Tensor, text: Tensor, objective: str) -> None:
+    """Both or neither, image's and text's: a number a row."""
+    if all(x is None for x in pair):
+        return
+    if not OBJECTIVES[objective].both_sides:
+        raise ValueError(f"tau_plus: got numbers above 0, needs 0 with the {objective} objective")
+    for i, (x, side) in enumerate(zip(pair, (image, text), strict=True)):
+        tensor(f"tau_plus[{i}]", x)
+        assert x is not None
+        if x.dtype not in FLOATING:
+            raise TypeError(f"tau_plus[{i}]: got dtype {x.dtype}, needs a floating dtype")
+        if x.shape != side.shape[:1]:
+            raise ValueError(f"tau_plus[{i}]: got shape {shape(x)}, needs ({side.shape[0]},), a number a row")
+        same_device(f"tau_plus[{i}]", x, image)
+
+
+def directions(value: object, objective: str) -> None:
+    """One or both of them; both where the objective has one loss for both."""
+    needs = f"a tuple of one or both of {', '.join(map(repr, DIRECTIONS))}"
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"directions: got {value!r}, needs {needs}")
+    if not value or len(set(value)) < len(value) or not set(value) <= set(DIRECTIONS):
+        raise ValueError(f"directions: got {value!r}, needs {needs}")
+    if len(value) < len(DIRECTIONS) and not OBJECTIVES[objective].both_sides:
+        raise ValueError(f"directions: got {value!r}, needs both with the {objective} objective")
+
+
+def prefix(dims: object, at: int, image: Tensor) -> int:
+    """`dims[at]`, after a look at all of them."""
+    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
+        raise TypeError(f"dims: got {dims!r}, needs a tuple of ints")
+    width = image.shape[-1] if image.dim() else 0
+    if not dims or not all(a < b for a, b in zip((0, *dims), (*dims, width + 1), strict=True)):
+        raise ValueError(
+            f"dims: got {dims!r}, needs strictly increasing numbers from 1 to the embedding width, {width}"
+        )
+    found: int = dims[at]
+    return found
 
 
 def paired(image: Tensor, text: Tensor, image_ids: Tensor | None) -> None:

@@ -27,6 +27,7 @@ class Side:
         self.id: Tensor | None = None
         self.ignore: Tensor | None = None
         self.factor: Tensor | None = None
+        self.tau: Tensor | None = None
         self.statistics: Tensor | None = None
         self.loss: Tensor | None = None
         self.weight: Tensor | None = None
@@ -206,6 +207,8 @@ class TiledBackend:
             row.id, column.id = diagonal[: problem.n], diagonal[: problem.m]
         if problem.image_ignore is not None and problem.text_ignore is not None:
             row.ignore, column.ignore = ranks_of_ids(problem.image_ignore, problem.text_ignore)
+        if problem.image_tau is not None and problem.text_tau is not None:
+            row.tau, column.tau = problem.image_tau.contiguous(), problem.text_tau.contiguous()
         return operands, row, column
 
     def _tiles(
@@ -241,7 +244,14 @@ def reduced(problem: Problem, row: Side, column: Side) -> Tensors:
     # Where nobody gave ids, all are anchors.
     counted = problem.image_ids is not None and problem.traits.both_sides
     positives = (side.statistics[0] if counted and side.statistics is not None else None for side in (row, column))
-    return reduce_losses(row.loss, columns, *positives, objective=problem.objective, reduction=problem.reduction)
+    return reduce_losses(
+        row.loss,
+        columns,
+        *positives,
+        objective=problem.objective,
+        reduction=problem.reduction,
+        shares=problem.shares,
+    )
 
 
 def write_sums(sums: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:

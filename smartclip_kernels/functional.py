@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from smartclip_kernels import checks, distributed, ops  # noqa: F401  # ops registers torch.ops.smartclip
+from smartclip_kernels import checks, distributed, ops
 from smartclip_kernels.backends import check_name
-from smartclip_kernels.reference import OBJECTIVES, compute_dtype
+from smartclip_kernels.problem import LossCall
+from smartclip_kernels.reference import OBJECTIVES, asked_for, compute_dtype, shares_of, tau_vectors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Reduction = Literal["mean", "sum", "none"]
 Strategy = Literal["gather", "ring"]
+Direction = Literal["image_to_text", "text_to_image"]
+TauPlus = float | tuple[Tensor, Tensor]
+
+BOTH: tuple[Direction, ...] = ("image_to_text", "text_to_image")
 
 
 def clip_loss(
@@ -29,6 +36,9 @@ def clip_loss(
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
+    tau_plus: TauPlus = 0.0,
+    directions: Sequence[Direction] = BOTH,
+    dims: Sequence[int] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
     strategy: Strategy = "gather",
@@ -40,7 +50,8 @@ def clip_loss(
     ½ · mean_i(log Σ_j e^{s_ij} − mean_{j ∈ P(i)} s_ij) + ½ · mean_j(log Σ_i e^{s_ij} − mean_{i ∈ P(j)} s_ij).
 
     Args:
-        image: (N, D), used as given: normalise it as open_clip does. float16, bfloat16, float32 or float64.
+        image: (N, D), used as given (without dims): normalise it as open_clip does. float16, bfloat16, float32 or
+            float64.
         text: (M, D), image's dtype and device.
         logit_scale: α, already exponentiated: a float, a 0-D or a 1-element tensor. Learnable.
         logit_bias: β, likewise; the softmax does not depend on it and its gradient is exactly 0.
@@ -50,7 +61,23 @@ def clip_loss(
         ignore_ids: a pair of such vectors, image's and text's. Pairs with equal ignore ids that are not positive count
             neither as positive nor as negative.
         label_smoothing: e in [0, 1): the target is (1 − e) spread over the positives plus e over all candidates.
-        reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½.
+        tau_plus: τ in [0, 1), of an anchor's negatives the fraction that its own class is taken to make up: debiased
+            negatives (Chuang et al. 2020, arXiv 2007.00224, with the positives themselves as its samples v). With P and
+            O the sums of e^s over an anchor's positives and its K other candidates, and |P| the number of the former,
+            log Σ e^s becomes log(P + g), g = max((O − K·τ·P/|P|) / (1 − τ), K·e^{logit_bias − logit_scale}). The floor,
+            the least that features of length 1 give, is a constant: where it holds no gradient goes to the other
+            candidates, and none to logit_scale through it. A float, or a pair of floating tensors, the images' τ (N,)
+            and the texts' (M,): constants, rounded to the precision of the scores; that theirs are in [0, 1) is not
+            looked at. Where τ is 0 nothing is corrected.
+        directions: whose losses count: images' among texts, texts' among images, or both, half each. Of one alone the
+            loss is that side's mean or sum, without the ½.
+        dims: Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147): strictly increasing widths, none above D.
+            The loss is the sum over d in dims of that of image[:, :d] / ‖image[:, :d]‖ and text[:, :d] / ‖text[:, :d]‖,
+            row by row: with dims, features are normalised here, in the precision of the scores, and rounded to their
+            dtype. One loss after the other: Σ dims / D times the products (and bytes among ranks) of one loss over all
+            D, but len(dims) passes over the scores, and normalised copies of the prefixes in memory.
+        reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½; of one
+            direction its losses alone.
         group: a `torch.distributed` process group whose ranks hold the batch together: image, text and ids are this
             rank's rows, as many or as few (at least one of each) as it likes, and are compared with those of all ranks.
             Every rank calls, and goes backward, in the same order. See below. Default: this process is all there is.
@@ -60,8 +87,9 @@ def clip_loss(
         backend: one of `available_backends()`; default: what `use_backend` or the device says.
 
     Returns:
-        A 0-D tensor, float32 (float64 for float64 inputs); with reduction="none" two 1-D tensors. Gradients flow to
-        image, text, logit_scale and logit_bias, in their own dtypes. Second derivatives raise `RuntimeError`.
+        A 0-D tensor, float32 (float64 for float64 inputs); with reduction="none" two 1-D tensors, one for one
+        direction. Gradients flow to image, text, logit_scale and logit_bias, in their own dtypes. Second derivatives
+        raise `RuntimeError`.
 
     With `group`, the number of ranks × this rank's share: the terms of its own rows and columns over all ranks' anchors
     ("sum": not divided; "none": its own rows and columns as they are). The mean over ranks is the loss of the whole
@@ -92,6 +120,9 @@ def clip_loss(
         backend,
         group,
         strategy,
+        tau_plus=tau_plus,
+        directions=directions,
+        dims=dims,
     )
 
 
@@ -104,6 +135,7 @@ def siglip_loss(
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
+    dims: Sequence[int] | None = None,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
     strategy: Strategy = "gather",
@@ -115,7 +147,7 @@ def siglip_loss(
     positive pair, −1 otherwise.
 
     Args:
-        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, group, strategy, backend: as in
+        image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, dims, group, strategy, backend: as in
             `clip_loss`. With `group`, the mean divides by all ranks' images, and a rank's share are the pairs that it
             scores: its own images with all texts (where images are fewer, or masked: all images with its own texts).
         reduction: "mean" (divides by N), "sum" over all pairs, or "none": losses of the images (N,).
@@ -141,6 +173,7 @@ def siglip_loss(
         backend,
         group,
         strategy,
+        dims=dims,
     )
     return loss
 
@@ -157,6 +190,8 @@ def smartclip_loss(
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
+    tau_plus: TauPlus = 0.0,
+    directions: Sequence[Direction] = BOTH,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
     strategy: Strategy = "gather",
@@ -171,7 +206,8 @@ def smartclip_loss(
         mask: (M, D), the text's mask over the image's dimensions: bool, hard (0 or 1) or soft ([0, 1]), in any floating
             dtype. Gradients flow to a floating mask.
         objective: "softmax" (`clip_loss`) or "sigmoid" (`siglip_loss`); the other arguments and the result are theirs.
-            With `group` images go to the other ranks, or, with more than twice as many images, texts and their masks.
+            The sigmoid takes no label_smoothing, no tau_plus and no single direction. With `group` images go to the
+            other ranks, or, with more than twice as many images, texts and their masks.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `clip_loss`.
@@ -192,6 +228,8 @@ def smartclip_loss(
         backend,
         group,
         strategy,
+        tau_plus=tau_plus,
+        directions=directions,
     )
 
 
@@ -292,6 +330,10 @@ def contrastive_loss(
     group: ProcessGroup | None,
     strategy: str,
     semantics: distributed.Semantics = distributed.EXACT,
+    *,
+    tau_plus: TauPlus = 0.0,
+    directions: Sequence[Direction] = BOTH,
+    dims: Sequence[int] | None = None,
 ) -> Any:
     """Any of the losses; `semantics` of a distributed one are for open_clip's flags (modules.py)."""
     arguments = partial(
@@ -308,11 +350,24 @@ def contrastive_loss(
         label_smoothing,
         reduction,
         backend,
+        tau_plus,
+        directions,
+        dims,
     )
     checks.choice("strategy", strategy, tuple(distributed.STRATEGIES))
-    if group is None or distributed.group_of(group).size() == 1:
-        return _one_process(*arguments())
-    return distributed.loss(arguments, group, strategy, semantics)
+    alone = group is None or distributed.group_of(group).size() == 1
+    losses = []
+    # What is wrong with dims is found out where the other ranks hear of it.
+    for level in range(len(dims) if isinstance(dims, (tuple, list)) and dims else 1):
+        make = partial(arguments, level)
+        losses.append(_one_process(make()) if alone else distributed.loss(make, group, strategy, semantics))
+    if isinstance(losses[0], tuple):
+        return tuple(_total(side) for side in zip(*losses, strict=True))
+    return _total(losses)
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum(0)
 
 
 def _arguments(
@@ -328,27 +383,58 @@ def _arguments(
     label_smoothing: float,
     reduction: str,
     backend: str | None,
-) -> tuple[tuple[Any, ...], str]:
-    """Those of an op, from what a caller gave, and the reduction."""
+    tau_plus: TauPlus,
+    directions: Sequence[Direction],
+    dims: Sequence[int] | None,
+    level: int,
+) -> LossCall:
+    """Of an op, from what a caller gave. `level`: which of `dims`."""
     checks.tensor("image", image)
     checks.tensor("text", text)
+    if dims is not None:
+        checks.features(*ops.autocast(image, text))
+        width = checks.prefix(dims, level, image)
+        image, text = (_normalised(x[:, :width]) for x in (image, text))
     checks.choice("objective", objective, tuple(OBJECTIVES))
     checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.directions(directions, objective)
     ignore = checks.id_arguments(image_ids, text_ids, ignore_ids)
     scale = _scalar("logit_scale", logit_scale, image)
     bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, image)
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing: got {type(label_smoothing).__name__}, needs a float")
-    smoothing, name = float(label_smoothing), _backend(backend)
-    features = image, text, mask
-    return (*features, scale, bias, image_ids, text_ids, *ignore, objective, smoothing, name, 0), reduction
+    constants = objective, float(label_smoothing), _backend(backend), 0
+    arguments = image, text, mask, scale, bias, image_ids, text_ids, *ignore, *constants
+    return LossCall(arguments, reduction, shares_of(directions), _tau(tau_plus, image, text))
 
 
-def _one_process(arguments: tuple[Any, ...], reduction: str) -> Any:
-    if reduction != "none":
-        return torch.ops.smartclip.reduced_loss(*arguments, reduction)
-    rows, columns, *_ = torch.ops.smartclip.loss(*arguments)
-    return (rows, columns) if OBJECTIVES[arguments[9]].both_sides else rows
+def _normalised(x: Tensor) -> Tensor:
+    """Rows of length 1, made in the precision of the scores."""
+    return F.normalize(x.to(compute_dtype(x.dtype)), dim=1).to(x.dtype)
+
+
+def _one_process(call: LossCall) -> Any:
+    if call.reduction != "none":
+        return torch.ops.smartclip.reduced_loss(*call.arguments, call.reduction, call.shares, *call.tau)
+    rows, columns, *_ = torch.ops.smartclip.loss(*call.arguments, *call.tau)
+    return asked_for(rows, columns, call.arguments[9], call.shares)
+
+
+def _tau(tau_plus: TauPlus, image: Tensor, text: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A number a row, in the precision of the scores; None where there is nothing to correct."""
+    if isinstance(tau_plus, (tuple, list)):
+        if len(tau_plus) != 2:
+            raise ValueError(f"tau_plus: got {len(tau_plus)} tensors, needs a float or a pair (image's, text's)")
+        for i, x in enumerate(tau_plus):
+            checks.tensor(f"tau_plus[{i}]", x)
+        checks.tau(tau_plus, image, text, "softmax")
+    elif isinstance(tau_plus, bool) or not isinstance(tau_plus, (int, float)):
+        raise TypeError(f"tau_plus: got {type(tau_plus).__name__}, needs a float or a pair of tensors")
+    elif not 0 <= tau_plus < 1:
+        raise ValueError(f"tau_plus: got {tau_plus}, needs a number in [0, 1)")
+    like = image.new_empty((), dtype=compute_dtype(image.dtype))
+    n, m = (x.shape[0] if x.dim() else 0 for x in (image, text))
+    return tau_vectors(tau_plus, n, m, like=like)
 
 
 def _backend(name: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,7 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smartclip_kernels import checks, distributed
-from smartclip_kernels.functional import Strategy, contrastive_loss, siglip_loss, smartclip_loss
+from smartclip_kernels.functional import (
+    BOTH,
+    Direction,
+    Strategy,
+    TauPlus,
+    contrastive_loss,
+    siglip_loss,
+    smartclip_loss,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,7 +76,7 @@ class ClipLoss(_Distributed):
             whole batch; with it each its share, whose mean over ranks that is.
         cache_labels, use_horovod: accepted; there are no labels to cache, and torch.distributed is what is used.
         rank, world_size: of this process in the group.
-        label_smoothing, backend: as in `clip_loss`.
+        label_smoothing, tau_plus, directions, backend: as in `clip_loss`.
         group: default with a world_size above 1: all of torch.distributed's. With a world_size of 1 the flags say
             nothing: it is `clip_loss` over that group, exact.
         strategy: as in `clip_loss`.
@@ -83,6 +92,8 @@ class ClipLoss(_Distributed):
         use_horovod: bool = False,
         *,
         label_smoothing: float = 0.0,
+        tau_plus: TauPlus = 0.0,
+        directions: Sequence[Direction] = BOTH,
         group: ProcessGroup | None = None,
         strategy: Strategy = "gather",
         backend: str | None = None,
@@ -93,6 +104,8 @@ class ClipLoss(_Distributed):
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
         self.label_smoothing = label_smoothing
+        self.tau_plus = tau_plus
+        self.directions = directions
 
     def forward(
         self,
@@ -123,6 +136,8 @@ class ClipLoss(_Distributed):
             self.process_group(),
             self.strategy,
             self._semantics(),
+            tau_plus=self.tau_plus,
+            directions=self.directions,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -203,7 +218,7 @@ class SmartClipLoss(_Distributed):
     Args:
         objective: "softmax" or "sigmoid".
         sparsity_weight: what a mask of ones adds to the loss. Not negative.
-        label_smoothing, backend, strategy: as in `smartclip_loss`.
+        label_smoothing, tau_plus, directions, backend, strategy: as in `smartclip_loss`.
         rank, world_size: of this process in the group.
         group: default with a world_size above 1: all of torch.distributed's. Both terms are then over all ranks' texts,
             and a rank returns the number of ranks × its share, as `clip_loss` says.
@@ -215,6 +230,8 @@ class SmartClipLoss(_Distributed):
         sparsity_weight: float = 0.0,
         *,
         label_smoothing: float = 0.0,
+        tau_plus: TauPlus = 0.0,
+        directions: Sequence[Direction] = BOTH,
         rank: int = 0,
         world_size: int = 1,
         group: ProcessGroup | None = None,
@@ -228,6 +245,8 @@ class SmartClipLoss(_Distributed):
         self.objective: Literal["softmax", "sigmoid"] = objective
         self.sparsity_weight = sparsity_weight
         self.label_smoothing = label_smoothing
+        self.tau_plus = tau_plus
+        self.directions = directions
 
     def forward(
         self,
@@ -259,6 +278,8 @@ class SmartClipLoss(_Distributed):
             text_ids=text_ids,
             ignore_ids=ignore_ids,
             label_smoothing=self.label_smoothing,
+            tau_plus=self.tau_plus,
+            directions=self.directions,
             group=group,
             strategy=self.strategy,
             backend=self.backend,

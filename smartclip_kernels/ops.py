@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smartclip_kernels import backends, checks
 from smartclip_kernels.problem import Needs, Problem, empty_gradients
-from smartclip_kernels.reference import OBJECTIVES, compute_dtype
+from smartclip_kernels.reference import OBJECTIVES, SYMMETRIC, compute_dtype
 
 _library = torch.library.Library("smartclip", "DEF")
 _ops = torch.ops.smartclip
@@ -25,14 +25,17 @@ _LOSS = (
     "Tensor image, Tensor text, Tensor? mask, Tensor scale, Tensor? bias, Tensor? image_ids, Tensor? text_ids, "
     "Tensor? image_ignore, Tensor? text_ignore, str objective, float label_smoothing, str backend, int workspace"
 )
+_REDUCTION = "str reduction, float[] shares=[0.5, 0.5]"
+_TAU = "Tensor? image_tau=None, Tensor? text_tau=None"
 _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_scale, Tensor grad_bias"
 
 _SCHEMAS = {
-    "loss": f"({_LOSS}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, Tensor kept)",
+    "loss": f"({_LOSS}, {_TAU}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, "
+    "Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False) -> ({_GRADS})",
-    "reduced_loss": f"({_LOSS}, str reduction) -> Tensor",
-    "loss_forward": f"({_LOSS}, str reduction) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False, {_TAU}) -> ({_GRADS})",
+    "reduced_loss": f"({_LOSS}, {_REDUCTION}, {_TAU}) -> Tensor",
+    "loss_forward": f"({_LOSS}, {_REDUCTION}, {_TAU}) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
     "Tensor column_statistics, Tensor kept)",
     "loss_one_sweep": f"({_LOSS}, bool[] needs, str reduction='sum') -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
@@ -45,6 +48,16 @@ _SCHEMAS = {
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
+_DEFAULTS = {name: tuple(x.default_value for x in getattr(_ops, name).default._schema.arguments) for name in _SCHEMAS}
+
+
+def _complete(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All arguments of an op: torch leaves out what is a default."""
+    return *arguments, *_DEFAULTS[name][len(arguments) :]
+
+
+def _completed(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: kernel(*_complete(name, arguments))
 
 
 def needed_gradients(*inputs: Tensor | None) -> list[bool]:
@@ -55,15 +68,16 @@ def needed_gradients(*inputs: Tensor | None) -> list[bool]:
 
 def _implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
-        return kernel
+        completed = _completed(name, kernel)
+        _library.impl(name, completed, "CompositeExplicitAutograd")
+        return completed
 
     return register
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.register_fake(f"smartclip::{name}", kernel, lib=_library)
+        torch.library.register_fake(f"smartclip::{name}", _completed(name, kernel), lib=_library)
         return kernel
 
     return register
@@ -71,9 +85,12 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _problem(*loss_arguments: Any) -> Problem:
     """A checked problem, and the workspace that its backend gets."""
-    *arguments, _, workspace = loss_arguments
+    *arguments, _, workspace, image_tau, text_tau = loss_arguments
     checks.problem(*arguments)
-    return Problem(*arguments)._replace(workspace=workspace or backends.workspace_bytes(arguments[0].device))
+    problem = Problem(*arguments)
+    checks.tau((image_tau, text_tau), problem.image, problem.text, problem.objective)
+    workspace = workspace or backends.workspace_bytes(problem.image.device)
+    return problem._replace(workspace=workspace, image_tau=image_tau, text_tau=text_tau)
 
 
 def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Problem:
@@ -90,7 +107,7 @@ def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Pro
 @_implement("loss")
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _problem(*arguments)
-    return backends.resolve(arguments[-2], problem.image.device).loss(problem)[2:]
+    return backends.resolve(arguments[11], problem.image.device).loss(problem)[2:]
 
 
 @_implement("loss_backward")
@@ -104,14 +121,15 @@ def _loss_backward(
 ) -> tuple[Tensor, ...]:
     loss_arguments, needs, unrounded = _split_backward(arguments)
     problem = _problem(*loss_arguments)
-    backend = backends.resolve(loss_arguments[-2], problem.image.device)
+    backend = backends.resolve(loss_arguments[11], problem.image.device)
     saved = (row_statistics, column_statistics, kept)
     return backend.loss_backward(problem, saved, (grad_rows, grad_columns), Needs(*needs), unrounded)
 
 
 def _split_backward(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool], bool]:
-    """Those of the loss, `needs` and `unrounded`; torch leaves out what is a default."""
-    return arguments[:13], arguments[13], arguments[14:] == (True,)
+    """Those of the loss, `needs` and `unrounded`."""
+    needs, unrounded, *tau = arguments[13:]
+    return (*arguments[:13], *tau), needs, unrounded
 
 
 @_implement("reduced_loss")
@@ -128,9 +146,9 @@ def _loss_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced_problem(*arguments: Any) -> Problem:
-    *loss_arguments, reduction = arguments
+    reduction, shares, *tau = arguments[13:]
     checks.choice("reduction", reduction, ("sum", "mean"))
-    return _problem(*loss_arguments)._replace(reduction=reduction)
+    return _problem(*arguments[:13], *tau)._replace(reduction=reduction, shares=shares)
 
 
 @_implement("loss_one_sweep")
@@ -140,7 +158,7 @@ def _loss_one_sweep(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _one_sweep_problem(*arguments: Any) -> Problem:
-    problem = _reduced_problem(*arguments[:13], *(arguments[14:] or ("sum",)))
+    problem = _reduced_problem(*arguments[:13], arguments[14], SYMMETRIC, None, None)
     if OBJECTIVES[problem.objective].needs_statistics:
         raise ValueError(f"objective: got {problem.objective!r}, needs one whose gradient takes no statistics")
     return problem
@@ -328,16 +346,18 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
         outputs = _below_autograd(_ops.loss, keyset, *arguments)
-        ctx.save_for_backward(*outputs[2:], *arguments[:9])
-        ctx.constants = arguments[9:]
+        ctx.save_for_backward(*arguments[13:], *outputs[2:], *arguments[:9])
+        ctx.constants = arguments[9:13]
         ctx.mark_non_differentiable(*outputs[2:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        grads = _ops.loss_backward(grad_rows, grad_columns, *ctx.saved_tensors, *ctx.constants, needs, False)
-        return (None, *_or_none(grads, needs), *([None] * 8))
+        image_tau, text_tau, *saved = ctx.saved_tensors
+        constants = *ctx.constants, needs, False, image_tau, text_tau
+        grads = _ops.loss_backward(grad_rows, grad_columns, *saved, *constants)
+        return (None, *_or_none(grads, needs), *([None] * 10))
 
 
 class _ReducedLoss(torch.autograd.Function):
@@ -346,19 +366,19 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
         loss, *kept = _below_autograd(_ops.loss_forward, keyset, *arguments)
-        ctx.save_for_backward(*kept, *arguments[:9])
+        ctx.save_for_backward(*arguments[15:], *kept, *arguments[:9])
         ctx.constants = arguments[9:13]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        weights, *saved = ctx.saved_tensors
+        image_tau, text_tau, weights, *saved = ctx.saved_tensors
         # Expanded, not copied: a backend can tell that they are all the same.
         of_side = (*(weights * grad_loss).unbind(), grad_loss)  # columns that are no anchors take none of it
         expanded = (weight.expand(x.shape[1]) for weight, x in zip(of_side, saved[:2], strict=False))
-        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False)
-        return (None, *_or_none(grads, needs), *([None] * 9))
+        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False, image_tau, text_tau)
+        return (None, *_or_none(grads, needs), *([None] * 12))
 
 
 class _ReducedLossOneSweep(torch.autograd.Function):
@@ -366,9 +386,9 @@ class _ReducedLossOneSweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        *loss_arguments, reduction = arguments
+        checks.tau(arguments[15:], arguments[0], arguments[1], arguments[9])
         ctx.save_for_backward(*arguments[:9])
-        ctx.constants = (*loss_arguments[9:], list(ctx.needs_input_grad[1:6]), reduction)
+        ctx.constants = (*arguments[9:13], list(ctx.needs_input_grad[1:6]), arguments[13])
         loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments[:9], *ctx.constants)
         return loss
 
@@ -387,7 +407,7 @@ class _ReducedLossOneSweep(torch.autograd.Function):
                 for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
             )
         scaled = first_order(scaled, (grad_loss, *ctx.saved_tensors))
-        return (None, *_or_none(scaled, needs), *([None] * 9))
+        return (None, *_or_none(scaled, needs), *([None] * 12))
 
 
 class _MaskedSimilarity(torch.autograd.Function):
@@ -419,7 +439,7 @@ def _with_autograd(name: str, backend_at: int, function: Callable[..., Any]) -> 
     op = getattr(_ops, name)
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        arguments = _resolved(arguments, backend_at)
+        arguments = _resolved(_complete(name, arguments), backend_at)
         if any(needed_gradients(*(x for x in arguments if isinstance(x, Tensor)))):
             return function(*arguments).apply(keyset, *arguments)
         return _below_autograd(op, keyset, *arguments)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from smartclip_kernels.reference import OBJECTIVES, Objective, compute_dtype
+from smartclip_kernels.reference import OBJECTIVES, SYMMETRIC, Objective, compute_dtype
 
 Tensors = tuple[Tensor, ...]
 
@@ -38,6 +39,9 @@ class Problem(NamedTuple):
     label_smoothing: float = 0.0
     workspace: int = 0  # bytes
     reduction: str = "none"  # or "sum" or "mean", to one number
+    shares: Sequence[float] = SYMMETRIC  # of the rows' and of the columns' losses in it, where both have them
+    image_tau: Tensor | None = None  # (N,), in the precision of the scores: debiased negatives
+    text_tau: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -60,9 +64,23 @@ class Problem(NamedTuple):
         """Of scores, statistics and losses."""
         return compute_dtype(self.image.dtype)
 
+    def least_logit(self) -> Tensor:
+        """β − α, what features of length 1 give at least."""
+        scale = self.scale.reshape(()).to(self.dtype)
+        return -scale if self.bias is None else self.bias.reshape(()).to(self.dtype) - scale
+
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What may have a gradient, in the order of `Needs`."""
         return self.image, self.text, self.mask, self.scale, self.bias
+
+
+class LossCall(NamedTuple):
+    """One loss as a caller asked for it."""
+
+    arguments: tuple[Any, ...]  # those that all loss ops begin with
+    reduction: str
+    shares: tuple[float, float]
+    tau: tuple[Tensor | None, Tensor | None]
 
 
 class Backend(Protocol):

@@ -9,6 +9,7 @@ Half-precision inputs are widened to float32; everything after the inputs is com
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,16 @@ MIN_IMAGE_NORM = 1e-6
 """Where ‖image ⊙ mask‖ is no larger than this, the similarity is 0 and passes no gradient."""
 MIN_TEXT_NORM = 1e-12
 """Where ‖text‖ is no larger than this, the similarity is 0 and passes no gradient."""
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+"""Whose losses count: those of images among texts, those of texts among images."""
+SYMMETRIC = (0.5, 0.5)
+"""Shares of images' and texts' losses in the whole, where both count."""
+
+
+def shares_of(directions: Sequence[str]) -> tuple[float, float]:
+    image, text = (float(name in directions) for name in DIRECTIONS)
+    return image / (image + text), text / (image + text)
 
 
 @dataclass(frozen=True)
@@ -95,14 +106,48 @@ def others_advantage(logits: Tensor, positive: Tensor, candidate: Tensor) -> Ten
     return torch.where(alone, -torch.inf, lse - torch.where(positive, logits, 0).sum(1))
 
 
-def softmax_losses(logits: Tensor, positive: Tensor, candidate: Tensor, label_smoothing: float) -> Tensor:
-    """(N,) InfoNCE of every row: r_i − (1 − e)·mean over positives − e·mean over candidates; 0 without a positive."""
+def debiased_others(logits: Tensor, positive: Tensor, candidate: Tensor, tau: Tensor, least: Tensor | float) -> Tensor:
+    """(N,) log g, g = max((O − K·τ·P/|P|) / (1 − τ), K·e^least): Chuang et al. 2020, arXiv 2007.00224.
+
+    P and O are the sums of e^s over a row's positives and over its K others. −inf where g is 0; where τ is, log O.
+    """
+    others = candidate & ~positive
+    top = torch.where(candidate.any(1), logits.masked_fill(~candidate, -torch.inf).amax(1), 0).detach()
+    # Relative to the largest. where() inside, too: a logit that does not count may be larger.
+    mass = torch.where(candidate, torch.where(candidate, logits - top[:, None], 0).exp(), 0)
+    positive_mean = torch.where(positive, mass, 0).sum(1) / positive.sum(1).clamp(min=1)
+    other_mass = torch.where(others, mass, 0).sum(1)
+    debiased = (other_mass - others.sum(1) * tau * positive_mean) / (1 - tau)
+    floor = torch.where(others, (least - top[:, None]).exp(), 0).sum(1)
+    g = torch.where(tau == 0, other_mass, torch.where(debiased < floor, floor, debiased))
+    none = g <= 0
+    return torch.where(none, -torch.inf, torch.where(none, 1, g).log() + top)
+
+
+def softmax_losses(
+    logits: Tensor,
+    positive: Tensor,
+    candidate: Tensor,
+    label_smoothing: float,
+    tau: Tensor | None = None,
+    least: Tensor | float = 0.0,
+) -> Tensor:
+    """(N,) InfoNCE of every row: r_i − (1 − e)·mean over positives − e·mean over candidates; 0 without a positive.
+
+    With `tau` (N,), r_i = log(P + g), as `debiased_others`; `least` is a number, or one of every pair.
+    """
     positives = positive.sum(1)
     anchor, lone = positives > 0, positives == 1
-    lse = torch.where(anchor[:, None], logits.masked_fill(~candidate, -torch.inf), 0).logsumexp(1)
     positive_mean = torch.where(positive, logits, 0).sum(1) / positives.clamp(min=1)
     # where() inside and outside: what is not chosen must not send a NaN back.
-    advantage = others_advantage(torch.where(lone[:, None], logits, 0), positive & lone[:, None], candidate)
+    if tau is None:
+        lse = torch.where(anchor[:, None], logits.masked_fill(~candidate, -torch.inf), 0).logsumexp(1)
+        advantage = others_advantage(torch.where(lone[:, None], logits, 0), positive & lone[:, None], candidate)
+    else:
+        negatives = debiased_others(logits, positive, candidate, tau, least)
+        right = torch.where(anchor[:, None], logits.masked_fill(~positive, -torch.inf), 0).logsumexp(1)
+        lse = torch.logaddexp(right, negatives)
+        advantage = negatives - torch.where(lone, positive_mean, 0)
     loss = torch.where(lone, torch.logaddexp(advantage, torch.zeros_like(advantage)), lse - positive_mean)
     if label_smoothing:
         candidate_mean = torch.where(candidate, logits, 0).sum(1) / candidate.sum(1).clamp(min=1)
@@ -128,6 +173,7 @@ def anchor_losses(
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
+    tau_plus: tuple[Tensor, Tensor] | float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of rows (N,) and columns (M,), and how many positives each has. A sigmoid's columns have no loss: (0,)."""
     logits = similarity(image, text, mask) * scale
@@ -138,9 +184,27 @@ def anchor_losses(
     if objective == "sigmoid":
         rows, columns = sigmoid_losses(logits, positive, candidate), logits.new_zeros(0)
     else:
-        rows = softmax_losses(logits, positive, candidate, label_smoothing)
-        columns = softmax_losses(logits.T, positive.T, candidate.T, label_smoothing)
+        of_rows, of_columns = tau_vectors(tau_plus, *logits.shape, like=logits)
+        least = least_logits(scale, bias, logits)
+        rows = softmax_losses(logits, positive, candidate, label_smoothing, of_rows, least)
+        columns = softmax_losses(logits.T, positive.T, candidate.T, label_smoothing, of_columns, least.T)
     return rows, columns, positive.sum(1).to(logits.dtype), positive.sum(0).to(logits.dtype)
+
+
+def tau_vectors(
+    tau_plus: tuple[Tensor, Tensor] | float, n: int, m: int, *, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of all rows and all columns, constants; None for 0, where there is nothing to correct."""
+    if isinstance(tau_plus, (tuple, list)):
+        image, text = (x.detach().to(like.dtype) for x in tau_plus)
+        return image, text
+    return (like.new_full((n,), tau_plus), like.new_full((m,), tau_plus)) if tau_plus else (None, None)
+
+
+def least_logits(scale: Tensor | float, bias: Tensor | float | None, logits: Tensor) -> Tensor:
+    """(N, M): β − α of every pair, the least that a cosine gives. α is a constant here; β moves all logits alike."""
+    alpha = torch.as_tensor(scale, dtype=logits.dtype, device=logits.device).detach()
+    return ((0.0 if bias is None else bias) - alpha).expand_as(logits)
 
 
 def reduce_losses(
@@ -151,31 +215,49 @@ def reduce_losses(
     *,
     objective: str,
     reduction: str,
+    shares: Sequence[float] = SYMMETRIC,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch (0-D) by "mean" or "sum", and what each side's losses count in it: (2,), or (1,) of rows.
 
-    Where both sides have losses each counts ½. A mean is over a side's anchors, those with a positive (None: all have
-    one); a side without any contributes 0. The sigmoid's is over all N rows.
+    Where both sides have losses they have `shares`. A mean is over a side's anchors, those with a positive (None: all
+    have one); a side without any contributes 0. The sigmoid's is over all N rows.
     """
     both = OBJECTIVES[objective].both_sides
-    sides, share = ((rows, columns), 0.5) if both else ((rows,), 1.0)
+    sides = ((rows, shares[0]), (columns, shares[1])) if both else ((rows, 1.0),)
     if reduction == "sum":
-        weights = rows.new_full((len(sides),), share)
+        weights = torch.stack([rows.new_full((), share) for _, share in sides])
     elif not both or row_positives is None or column_positives is None:
-        weights = torch.stack([rows.new_full((), share / len(x)) for x in sides])
+        weights = torch.stack([rows.new_full((), share / len(x)) for x, share in sides])
     else:
         anchors = torch.stack([(x > 0).sum() for x in (row_positives, column_positives)])
-        weights = share / anchors.clamp(min=1).to(rows.dtype)
-    return (torch.stack([x.sum() for x in sides]) * weights).sum(), weights
+        weights = torch.stack([rows.new_full((), share) for _, share in sides]) / anchors.clamp(min=1).to(rows.dtype)
+    # A side without a share is left out: 0 times its infinity would be NaN.
+    sums = torch.stack([x.sum() if share else rows.new_zeros(()) for x, share in sides])
+    return (sums * weights).sum(), weights
+
+
+def asked_for(rows: Tensor, columns: Tensor, objective: str, shares: Sequence[float]) -> Tensor | tuple[Tensor, Tensor]:
+    """The losses of anchors, of the sides that have a share."""
+    if not OBJECTIVES[objective].both_sides or not shares[1]:
+        return rows
+    return (rows, columns) if shares[0] else columns
 
 
 def reduce(
-    rows: Tensor, columns: Tensor, row_positives: Tensor, column_positives: Tensor, *, objective: str, reduction: str
+    rows: Tensor,
+    columns: Tensor,
+    row_positives: Tensor,
+    column_positives: Tensor,
+    *,
+    objective: str,
+    reduction: str,
+    shares: Sequence[float] = SYMMETRIC,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The loss of a batch from its anchors' losses: "mean", "sum" or "none"."""
     if reduction == "none":
-        return (rows, columns) if OBJECTIVES[objective].both_sides else rows
-    return reduce_losses(rows, columns, row_positives, column_positives, objective=objective, reduction=reduction)[0]
+        return asked_for(rows, columns, objective, shares)
+    positives = row_positives, column_positives
+    return reduce_losses(rows, columns, *positives, objective=objective, reduction=reduction, shares=shares)[0]
 
 
 def loss(
@@ -191,6 +273,8 @@ def loss(
     text_ids: Tensor | None = None,
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
+    tau_plus: tuple[Tensor, Tensor] | float = 0.0,
+    directions: Sequence[str] = DIRECTIONS,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The whole loss by definition; `clip_loss`, `siglip_loss` and `smartclip_loss` must equal it."""
     terms = anchor_losses(
@@ -204,8 +288,9 @@ def loss(
         text_ids=text_ids,
         ignore_ids=ignore_ids,
         label_smoothing=label_smoothing,
+        tau_plus=tau_plus,
     )
-    return reduce(*terms, objective=objective, reduction=reduction)
+    return reduce(*terms, objective=objective, reduction=reduction, shares=shares_of(directions))
 
 
 def similarity_gradients(

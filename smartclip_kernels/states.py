@@ -23,11 +23,19 @@ class State(Protocol):
     def merge(self, states: Tensor) -> Tensor:
         """(planes, N), from (parts, planes, N). The order of parts decides the last bits."""
 
-    def loss(self, state: Tensor, smoothing: float) -> Tensor:
-        """(N,)."""
+    def loss(self, state: Tensor, smoothing: float, tau: Tensor | None = None, least: Tensor | float = 0.0) -> Tensor:
+        """(N,). `tau` (N,) and `least` (0-D, β − α) are for debiased negatives."""
 
     def gradient(
-        self, logits: Tensor, positive: Tensor, candidate: Tensor, state: Tensor, weight: Tensor, smoothing: float
+        self,
+        logits: Tensor,
+        positive: Tensor,
+        candidate: Tensor,
+        state: Tensor,
+        weight: Tensor,
+        smoothing: float,
+        tau: Tensor | None = None,
+        least: Tensor | float = 0.0,
     ) -> Tensor:
         """(N, M): what these anchors add to G, each loss weighted by `weight` (N,)."""
 
@@ -59,26 +67,56 @@ class Softmax:
         merged[2:4] = (states[:, 2:4] * (states[:, 1] - merged[1]).exp()[:, None]).sum(0)
         return merged
 
-    def loss(self, state: Tensor, smoothing: float) -> Tensor:
-        positives, largest, positive_mass, other_mass, total, positive_sum, candidates = state
+    def negatives(self, state: Tensor, tau: Tensor | None, least: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """g, relative to max, and its derivatives by the others' mass and by the positives'."""
+        positives, largest, positive_mass, other_mass, *_, candidates = state
+        if tau is None:
+            return other_mass, torch.ones_like(other_mass), torch.zeros_like(other_mass)
+        count = candidates - positives
+        among = count * tau / positives
+        debiased = (other_mass - among * positive_mass) / (1 - tau)
+        floor = torch.where(count == 0, 0, count * (least - largest).exp())
+        biased, floored = tau == 0, debiased < floor
+        return (
+            torch.where(biased, other_mass, torch.where(floored, floor, debiased)),
+            torch.where(biased, 1, torch.where(floored, 0, 1 / (1 - tau))),
+            torch.where(biased | floored, 0, -among / (1 - tau)),
+        )
+
+    def loss(self, state: Tensor, smoothing: float, tau: Tensor | None = None, least: Tensor | float = 0.0) -> Tensor:
+        positives, largest, positive_mass, _, total, positive_sum, candidates = state
+        negatives, *_ = self.negatives(state, tau, least)
         anchor = positives > 0
         positive_mean = positive_sum / positives.clamp(min=1)
         # max is subtracted before the logarithm is added: their sum would round at the size of the logits.
-        general = (largest - (1 - smoothing) * positive_mean) + (positive_mass + other_mass).log()
-        certain = smoothing * positive_sum + torch.log1p(other_mass / positive_mass)
-        loss = torch.where((positives == 1) & (other_mass <= positive_mass), certain, general)
+        general = (largest - (1 - smoothing) * positive_mean) + (positive_mass + negatives).log()
+        certain = smoothing * positive_sum + torch.log1p(negatives / positive_mass)
+        loss = torch.where((positives == 1) & (negatives <= positive_mass), certain, general)
         if smoothing:
             loss = loss - smoothing * total / candidates
         return torch.where(anchor, loss, 0)
 
     def gradient(
-        self, logits: Tensor, positive: Tensor, candidate: Tensor, state: Tensor, weight: Tensor, smoothing: float
+        self,
+        logits: Tensor,
+        positive: Tensor,
+        candidate: Tensor,
+        state: Tensor,
+        weight: Tensor,
+        smoothing: float,
+        tau: Tensor | None = None,
+        least: Tensor | float = 0.0,
     ) -> Tensor:
-        positives, largest, positive_mass, other_mass, _, _, candidates = (plane[:, None] for plane in state)
-        mass = positive_mass + other_mass
+        planes = *state, *self.negatives(state, tau, least)
+        positives, largest, positive_mass, other_mass, _, _, candidates, *negatives = (x[:, None] for x in planes)
+        negative_mass, by_others, by_positives = negatives
+        mass = positive_mass + negative_mass
         probability = (logits - largest).exp() / mass
-        error = torch.where(positives == 1, smoothing - other_mass / mass, probability - (1 - smoothing) / positives)
-        error = torch.where(positive, error, probability) - smoothing / candidates
+        # Of a lone positive P (1 + ∂g/∂P) / (P + g) − 1 without cancelling.
+        pushed = torch.where(by_others == 0, negative_mass, other_mass * by_others)
+        several = probability * (1 + by_positives) - (1 - smoothing) / positives
+        error = torch.where(positives == 1, smoothing - pushed / mass, several)
+        error = torch.where(positive, error, probability * by_others) - smoothing / candidates
         return torch.where(candidate & (positives > 0), weight[:, None] * error, 0)
 
 
@@ -92,11 +130,19 @@ class Sigmoid:
     def merge(self, states: Tensor) -> Tensor:
         return states.sum(0)
 
-    def loss(self, state: Tensor, smoothing: float) -> Tensor:
+    def loss(self, state: Tensor, smoothing: float, tau: Tensor | None = None, least: Tensor | float = 0.0) -> Tensor:
         return state[0].clone()
 
     def gradient(
-        self, logits: Tensor, positive: Tensor, candidate: Tensor, state: Tensor, weight: Tensor, smoothing: float
+        self,
+        logits: Tensor,
+        positive: Tensor,
+        candidate: Tensor,
+        state: Tensor,
+        weight: Tensor,
+        smoothing: float,
+        tau: Tensor | None = None,
+        least: Tensor | float = 0.0,
     ) -> Tensor:
         slope = torch.where(positive, -torch.sigmoid(-logits), torch.sigmoid(logits))
         return torch.where(candidate, weight[:, None] * slope, 0)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ class Inputs:
     text_ids: Tensor | None = None
     ignore_ids: tuple[Tensor, Tensor] | None = None
     label_smoothing: float = 0.0
+    tau_plus: tuple[Tensor, Tensor] | float = 0.0
+    directions: tuple[str, ...] = reference.DIRECTIONS
     wanted: tuple[str, ...] = DIFFERENTIABLE
 
     @property
@@ -166,6 +168,7 @@ def fused_loss(backend: str | None = None) -> Loss:
     def call(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
         common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
         common |= {"reduction": reduction, "backend": backend}
+        of_softmax: dict[str, Any] = {"tau_plus": x.tau_plus, "directions": x.directions}
         if x.mask is not None:
             return functional.smartclip_loss(
                 x.image,
@@ -175,12 +178,13 @@ def fused_loss(backend: str | None = None) -> Loss:
                 x.logit_bias,
                 objective=cast(Literal["softmax", "sigmoid"], x.objective),
                 label_smoothing=x.label_smoothing,
+                **of_softmax,
                 **common,
             )
         if x.objective == "sigmoid":
             return functional.siglip_loss(x.image, x.text, x.logit_scale, x.logit_bias, **common)
         return functional.clip_loss(
-            x.image, x.text, x.logit_scale, x.logit_bias, label_smoothing=x.label_smoothing, **common
+            x.image, x.text, x.logit_scale, x.logit_bias, label_smoothing=x.label_smoothing, **of_softmax, **common
         )
 
     return call
@@ -200,6 +204,8 @@ def eager_loss(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
         text_ids=x.text_ids,
         ignore_ids=x.ignore_ids,
         label_smoothing=x.label_smoothing,
+        tau_plus=x.tau_plus,
+        directions=x.directions,
     )
 
 
@@ -244,10 +250,15 @@ def _magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, T
     sim = reference.similarity(exact.image, exact.text, exact.mask)
     logits = sim * exact.logit_scale + pair_bias
     row, column = logits.abs().amax(1, keepdim=True), logits.abs().amax(0)[:, None]
+    if exact.objective == "softmax":
+        of_rows, of_columns = _softmax_sides(exact, logits)
+        row, column = row * of_rows.condition, column * of_columns.condition
+    of_image, of_text = reference.shares_of(exact.directions)
+    whole = column if not of_image else torch.cat([row, column]) if of_text and exact.tau_plus else row
     terms = _score_gradient_terms(exact, logits, reduction, _logit_terms(exact, pair_bias))
     image_terms, text_terms, mask_terms = feature_gradient_terms(exact, sim, terms)
     return {
-        "loss": row if reduction == "none" else row.mean() if reduction == "mean" else row.sum(),
+        "loss": whole if reduction == "none" else whole.mean() if reduction == "mean" else whole.sum(),
         "loss_row": row,
         "loss_column": column,
         "grad_image": image_terms,
@@ -285,9 +296,10 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str, logit_t
     columns = logits.shape[1] if reference.OBJECTIVES[exact.objective].both_sides else 0
     anchors = logits.new_zeros(len(logits)).requires_grad_(), logits.new_zeros(columns).requires_grad_()
     counts = positive.sum(1).to(logits), positive.sum(0).to(logits)
-    reduced = reference.reduce(*anchors, *counts, objective=exact.objective, reduction=reduction)
+    shares = reference.shares_of(exact.directions)
+    reduced = reference.reduce(*anchors, *counts, objective=exact.objective, reduction=reduction, shares=shares)
     losses = reduced if isinstance(reduced, tuple) else (reduced,)
-    u, v = torch.autograd.grad(losses, anchors, _incoming(losses), materialize_grads=True)
+    u, v = torch.autograd.grad(losses, anchors, _incoming(losses), materialize_grads=True, allow_unused=True)
 
     # A cosine's derivative rounds its root and its division besides.
     roundings = 1 if exact.mask is None else 2
@@ -295,22 +307,56 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str, logit_t
     def of_anchors(terms: Tensor, logits: Tensor | None, weight: Tensor) -> Tensor:
         return terms * (weight.abs() * (1 if logits is None else roundings + logits.amax(1)))[:, None]
 
-    def softmax(
-        logits: Tensor, positive: Tensor, candidate: Tensor, weight: Tensor, logit_terms: Tensor | None
-    ) -> Tensor:
-        probability = logits.masked_fill(~candidate, -torch.inf).softmax(1)
+    def softmax(side: _Side, positive: Tensor, candidate: Tensor, weight: Tensor, logit_terms: Tensor | None) -> Tensor:
         lone = positive & (positive.sum(1, keepdim=True) == 1)
         smooth = candidate / candidate.sum(1, keepdim=True).clamp(min=1) * exact.label_smoothing
         target = positive / positive.sum(1, keepdim=True).clamp(min=1) * (1 - exact.label_smoothing) + smooth
         # Of a lone positive, 1 − probability is known as precisely as a small number is.
-        certain = reference.others_advantage(logits, positive, candidate).sigmoid()[:, None] + 2 * exact.label_smoothing
-        terms = torch.where(lone, certain, probability + target)
+        certain = side.others[:, None] + 2 * exact.label_smoothing
+        terms = torch.where(lone, certain, side.probability + target) * side.condition
         return of_anchors(torch.where(candidate & positive.any(1, keepdim=True), terms, 0), logit_terms, weight)
 
     if not columns:
         return of_anchors(torch.where(candidate, torch.where(positive, -logits, logits).sigmoid(), 0), logit_terms, u)
-    of_columns = softmax(logits.T, positive.T, candidate.T, v, None if logit_terms is None else logit_terms.T)
-    return softmax(logits, positive, candidate, u, logit_terms) + of_columns.T
+    rows, turned = _softmax_sides(exact, logits)
+    of_columns = softmax(turned, positive.T, candidate.T, v, None if logit_terms is None else logit_terms.T)
+    return softmax(rows, positive, candidate, u, logit_terms) + of_columns.T
+
+
+class _Side(NamedTuple):
+    """Of a softmax's rows, every term taken absolute."""
+
+    probability: Tensor  # (N, M): e^s ∂(P + g)/∂e^s over P + g
+    others: Tensor  # (N,): what G of the others adds up to
+    condition: Tensor  # (N, 1): how often roundings of P and O are in P + g
+
+
+def _softmax_sides(exact: Inputs, logits: Tensor) -> tuple[_Side, _Side]:
+    """Of the rows and of the columns."""
+    positive = reference.positive_pairs(exact.image, exact.text, exact.image_ids, exact.text_ids)
+    candidate = reference.candidate_pairs(positive, *(exact.ignore_ids or (None, None)))
+    least = reference.least_logits(exact.logit_scale, exact.logit_bias, logits)
+    of_rows, of_columns = reference.tau_vectors(exact.tau_plus, *logits.shape, like=logits)
+    rows = _softmax_side(logits, positive, candidate, of_rows, least)
+    return rows, _softmax_side(logits.T, positive.T, candidate.T, of_columns, least.T)
+
+
+def _softmax_side(logits: Tensor, positive: Tensor, candidate: Tensor, tau: Tensor | None, least: Tensor) -> _Side:
+    if tau is None:
+        probability = logits.masked_fill(~candidate, -torch.inf).softmax(1)
+        others = reference.others_advantage(logits, positive, candidate).sigmoid()
+        return _Side(probability, others, torch.ones_like(probability[:, :1]))
+    arguments = logits, positive, candidate, tau
+    negatives = reference.debiased_others(*arguments, least)
+    floored = negatives > reference.debiased_others(*arguments, torch.full_like(least, -torch.inf))
+    right = logits.masked_fill(~positive, -torch.inf).logsumexp(1)
+    among = (candidate & ~positive).sum(1) * tau / positive.sum(1).clamp(min=1)
+    by_positive = torch.where(floored, 1, 1 + among / (1 - tau))[:, None]
+    by_other = torch.where(floored, 0, 1 / (1 - tau))[:, None]
+    probability = (logits - torch.logaddexp(right, negatives)[:, None]).masked_fill(~candidate, -torch.inf).exp()
+    probability = probability * torch.where(positive, by_positive, by_other)
+    others = torch.where(floored, (negatives - right).sigmoid(), torch.where(positive, 0, probability).sum(1))
+    return _Side(probability, others, probability.sum(1, keepdim=True).clamp(min=1))
 
 
 def feature_gradient_terms(exact: Inputs, sim: Tensor, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,8 @@ def part(inputs: Inputs, rows: list[int], columns: list[int], rank: int) -> Inpu
         cut |= {"image_ids": inputs.image_ids[a], "text_ids": inputs.text_ids[b]}
     if inputs.ignore_ids is not None:
         cut["ignore_ids"] = (inputs.ignore_ids[0][a], inputs.ignore_ids[1][b])
+    if isinstance(inputs.tau_plus, tuple):
+        cut["tau_plus"] = (inputs.tau_plus[0][a], inputs.tau_plus[1][b])
     return replace(inputs, **cut)
 
 
@@ -48,6 +50,8 @@ def distributed_loss(x: Inputs, group: dist.ProcessGroup, options: Options) -> A
     common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
     common |= {"reduction": options.reduction, "backend": options.backend}
     common |= {"group": group, "strategy": options.strategy}
+    if x.objective == "softmax":
+        common |= {"tau_plus": x.tau_plus, "directions": x.directions}
     if x.mask is not None:
         return sk.smartclip_loss(
             x.image,
@@ -91,6 +95,22 @@ def evaluate(
 def set_workspace(group: dist.ProcessGroup, megabytes: float | None) -> int:
     sk.set_workspace(megabytes)
     return 0
+
+
+def prefixes(group: dist.ProcessGroup, whole: Inputs, rows: list[int], dims: Any) -> list[Tensor]:
+    x, wanted = leaves(part(whole, rows, rows, dist.get_rank(group)))
+    loss = sk.clip_loss(x.image, x.text, x.logit_scale, x.logit_bias, dims=dims, group=group)
+    return [loss.detach(), *torch.autograd.grad(loss, list(wanted.values()))]
+
+
+def prefixes_of_one_rank(group: dist.ProcessGroup) -> str:
+    """What the others hear of it."""
+    x = make_inputs(4, d=8)
+    try:
+        sk.clip_loss(x.image, x.text, 2.0, dims=(9,) if dist.get_rank(group) == 1 else (4,), group=group)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "nothing was raised"
 
 
 class Towers(nn.Module):
@@ -190,6 +210,8 @@ DISAGREEMENTS: dict[str, str] = {
     "ids": "image_ids and text_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "ignore": "ignore_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "smoothing": "label_smoothing: all ranks of the group need the same, got rank 1 0.1; ranks 0, 2 0.0",
+    "tau": "tau_plus: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
+    "directions": "directions: all ranks of the group need the same, got rank 1 ['text_to_image']; ranks 0, 2 ['image_",
     "reduction": "reduction: all ranks of the group need the same, got rank 1 sum; ranks 0, 2 mean",
     "strategy": "strategy: all ranks of the group need the same, got rank 1 ring; ranks 0, 2 gather",
     "locked": "gradients wanted: all ranks of the group need the same, got rank 1 ['text']; ranks 0, 2 ['image', ",
@@ -212,6 +234,8 @@ def disagree(group: dist.ProcessGroup, what: str) -> str:
         "smoothing": {"label_smoothing": 0.1},
         "reduction": {"reduction": "sum"},
         "strategy": {"strategy": "ring"},
+        "tau": {"tau_plus": 0.1},
+        "directions": {"directions": ("text_to_image",)},
     }
     changes = options.get(what, {}) if odd else {}
     try:

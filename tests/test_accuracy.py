@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import smartclip_kernels as sk
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.testing import Inputs, check_loss, make_inputs
 from tests.simulated import SIMULATED
@@ -213,6 +214,98 @@ def test_everything_at_once(backend: str, similarity: Any, objective: str, reduc
 def test_label_smoothing(backend: str, similarity: Any, reduction: str, label_smoothing: float) -> None:
     inputs = make_inputs(90, 70, 24, similarity=similarity, label_smoothing=label_smoothing, bias=1.0)
     check_loss(inputs, reduction, backend=backend)
+
+
+def taus(n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some of them 0."""
+    return torch.linspace(-0.1, 0.2, n).clamp(min=0), torch.linspace(0.1, -0.1, m).clamp(min=0)
+
+
+DEBIASED: dict[str, dict[str, Any]] = {
+    "a little": {"tau_plus": 0.01, "scale": 5.0},
+    "down to the floor": {"tau_plus": 0.3, "bias": 2.0},
+    "by row": {"tau_plus": taus(70, 61), "m": 61, "ignore": True, "bias": -1.0, "label_smoothing": 0.1},
+    "of images": {"tau_plus": 0.02, "directions": ("image_to_text",), "m": 61},
+}
+
+
+@similarities
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bfloat16"]
+)
+@pytest.mark.parametrize("case", DEBIASED)
+def test_debiased(backend: str, similarity: Any, dtype: torch.dtype, case: str) -> None:
+    """One positive and several, τ of 0 among others; at the floor, and away from it."""
+    options = dict(DEBIASED[case])
+    changes = {name: options.pop(name) for name in ("tau_plus", "directions") if name in options}
+    m = options.pop("m", 70)
+    inputs = replace(make_inputs(70, m, 24, similarity=similarity, dtype=dtype, mask="soft", **options), **changes)
+    for reduction in ("mean", "none"):
+        check_loss(inputs, reduction, backend=backend)
+
+
+def test_debiased_in_several_tiles(backend: str, set_workspace: Callable[[float], None]) -> None:
+    set_workspace(0.25)
+    check_loss(replace(make_inputs(300, 277, 8), tau_plus=taus(300, 277)), backend=backend)
+
+
+@dtypes
+def test_a_tau_of_zero_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(70, 61, 24, dtype=dtype, ids=True)
+    zero = replace(inputs, tau_plus=(torch.zeros(70), torch.zeros(61)))
+    plain, named = (testing.evaluate(x, testing.fused_loss(backend), "none").values for x in (inputs, zero))
+    for name, value in plain.items():
+        # The reference has a formula of its own for τ, of other roundings.
+        tolerance = (64 if backend == "reference" else 0) * torch.finfo(value.dtype).eps
+        torch.testing.assert_close(named[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+@reductions
+@pytest.mark.parametrize("direction", reference.DIRECTIONS)
+def test_one_direction(backend: str, direction: str, reduction: str) -> None:
+    inputs = make_inputs(70, 61, 24, ids=True, ignore=True, bias=0.5, label_smoothing=0.1)
+    check_loss(replace(inputs, directions=(direction,)), reduction, backend=backend)
+
+
+def test_the_side_that_is_not_asked_for_may_be_infinite(backend: str) -> None:
+    """Text 0 prefers image 1 by more than float32 holds; images by less."""
+    far = 2e38
+    image, text = torch.tensor([[-far, 0.0], [far, far]]), torch.eye(2)
+    loss = sk.clip_loss(image, text, 1.0, directions=("image_to_text",), backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(far / 2), rtol=1e-6, atol=0)
+    assert sk.clip_loss(image, text, 1.0, backend=backend) == torch.inf
+
+
+@objectives
+@dtypes
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_prefixes(backend: str, objective: str, dtype: torch.dtype, reduction: str) -> None:
+    """The sum of the definition's losses of normalised prefixes."""
+    inputs = make_inputs(40, 31, 24, objective=objective, dtype=dtype, normalize=False, scale=9.0, bias=-1.0)
+    dims = (5, 16, 24)
+    loss: Any = sk.clip_loss if objective == "softmax" else sk.siglip_loss
+
+    def evaluate(x: Inputs, level: int | None) -> list[torch.Tensor]:
+        leaves: dict[str, Any] = {name: value.detach().requires_grad_() for name, value in x.leaves.items()}
+        ids: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "reduction": reduction}
+        image, text, *scalars = leaves.values()
+        if level is None:
+            result = loss(image, text, *scalars, dims=dims, backend=backend, **ids)
+        else:
+            image, text = (torch.nn.functional.normalize(f[:, :level], dim=1) for f in (image, text))
+            result = reference.loss(image, text, None, *scalars, objective=objective, **ids)
+        losses = result if isinstance(result, tuple) else (result,)
+        weights = [torch.linspace(1, 2, value.numel()).to(value).reshape(value.shape) for value in losses]
+        grads = torch.autograd.grad(losses, list(leaves.values()), weights)
+        assert len(losses) == 1 + (objective == "softmax" and reduction == "none")
+        return [value.detach().double() for value in (*losses, *grads)]
+
+    parts = zip(*(evaluate(inputs.to(torch.float64), level) for level in dims), strict=True)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    for got, of_levels in zip(evaluate(inputs, None), parts, strict=True):
+        true = torch.stack(of_levels).sum(0)
+        scale = 1.0 if true.ndim == 0 and true.abs() < 1e-9 else true.abs().max()  # the bias of a softmax
+        assert (got - true).abs().max() <= tolerance * scale
 
 
 @similarities

@@ -30,6 +30,8 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "siglip_loss": sk.siglip_loss,
     "smartclip_loss": sk.smartclip_loss,
 }
+SOFTMAX = {name: LOSSES[name] for name in ("clip_loss", "smartclip_loss")}
+PREFIXES = {name: LOSSES[name] for name in ("clip_loss", "siglip_loss")}
 MASKED: dict[str, Callable[..., Any]] = {
     "smartclip_loss": sk.smartclip_loss,
     "masked_similarity": sk.masked_similarity,
@@ -194,6 +196,56 @@ CASES: dict[str, Case] = {
         {"objective": "sigmoid", "label_smoothing": 0.1},
         ValueError,
         ["label_smoothing", "0.1", "sigmoid"],
+    ),
+    # of the softmax
+    **{
+        f"tau_plus of {value}": (SOFTMAX, {"tau_plus": value}, ValueError, ["tau_plus", re.escape(str(value)), "0, 1"])
+        for value in (-0.1, 1.0, 2, float("nan"))
+    },
+    "tau_plus is text": (SOFTMAX, {"tau_plus": "0.1"}, TypeError, ["tau_plus", "str", "float"]),
+    "tau_plus is one tensor": (SOFTMAX, {"tau_plus": torch.zeros(N)}, TypeError, ["tau_plus", "Tensor", "pair"]),
+    "tau_plus are three": (SOFTMAX, {"tau_plus": (torch.zeros(N),) * 3}, ValueError, ["tau_plus", "3", "pair"]),
+    "tau_plus lacks one": (SOFTMAX, {"tau_plus": (torch.zeros(N), 0.1)}, TypeError, [r"tau_plus\[1\]", "float"]),
+    "tau_plus are too few": (
+        SOFTMAX,
+        {"tau_plus": (torch.zeros(N), torch.zeros(M - 1))},
+        ValueError,
+        [r"tau_plus\[1\]", r"\(5,\)", r"\(6,\)"],
+    ),
+    "tau_plus are integers": (SOFTMAX, {"tau_plus": (ids(N), ids(M))}, TypeError, [r"tau_plus\[0\]", "int64", "float"]),
+    "tau_plus is elsewhere": (
+        SOFTMAX,
+        {"tau_plus": (torch.zeros(N), torch.zeros(M, device="meta"))},
+        ValueError,
+        [r"tau_plus\[1\]", "meta", "cpu"],
+    ),
+    "a sigmoid takes no tau_plus": (
+        {"smartclip_loss": sk.smartclip_loss},
+        {"objective": "sigmoid", "tau_plus": 0.1},
+        ValueError,
+        ["tau_plus", "above 0", "sigmoid"],
+    ),
+    "no direction": (SOFTMAX, {"directions": ()}, ValueError, ["directions", r"\(\)", "'image_to_text'"]),
+    "unknown direction": (SOFTMAX, {"directions": ("up",)}, ValueError, ["directions", "'up'", "'text_to_image'"]),
+    "a direction twice": (SOFTMAX, {"directions": ("image_to_text",) * 2}, ValueError, ["directions", "one or both"]),
+    "directions are text": (SOFTMAX, {"directions": "image_to_text"}, TypeError, ["directions", "'image", "tuple"]),
+    "a sigmoid has no directions": (
+        {"smartclip_loss": sk.smartclip_loss},
+        {"objective": "sigmoid", "directions": ("image_to_text",)},
+        ValueError,
+        ["directions", "'image_to_text'", "sigmoid"],
+    ),
+    **{
+        f"dims of {value}": (PREFIXES, {"dims": value}, ValueError, ["dims", re.escape(repr(value)), "increasing", "8"])
+        for value in ((), (0, 4), (4, 4), (8, 4), (4, 9), [-1, 8])
+    },
+    "dims is a number": (PREFIXES, {"dims": 4}, TypeError, ["dims", "4", "tuple of ints"]),
+    "dims are floats": (PREFIXES, {"dims": (4.0,)}, TypeError, ["dims", r"\(4\.0,\)", "tuple of ints"]),
+    "a wider text's prefix": (
+        PREFIXES,
+        {"dims": (4,), "text": torch.ones(M, D + 1)},
+        ValueError,
+        ["text", "9", "image", "8"],
     ),
     # retrieval
     "k of 0": ({"masked_topk": sk.masked_topk}, {"k": 0}, ValueError, ["k", "0", "1"]),

@@ -40,21 +40,27 @@ def expected(whole: testing.Inputs, rows: list[int], columns: list[int], options
     x, wanted = runs.leaves(whole.to(torch.float64))
     scale, bias = torch.as_tensor(x.logit_scale), x.logit_bias
     ids: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
-    common: dict[str, Any] = {"objective": x.objective, "label_smoothing": x.label_smoothing}
+    common: dict[str, Any] = {
+        "objective": x.objective,
+        "label_smoothing": x.label_smoothing,
+        "tau_plus": x.tau_plus,
+    }
+    of_image, of_text = reference.shares_of(x.directions)
     of_rows, of_columns, row_positives, column_positives = reference.anchor_losses(
         x.image, x.text, x.mask, scale, bias, **ids, **common
     )
     incoming = torch.tensor(options.incoming or [0.75] * len(rows), dtype=torch.float64)
     row_weight, column_weight = (incoming.repeat_interleave(torch.tensor(sizes)) for sizes in (rows, columns))
     if options.reduction == "none":
-        losses = [of_rows, of_columns] if x.objective == "softmax" else [of_rows]
-        weights = [row_weight, column_weight]
+        losses, weights = [of_rows, of_columns], [row_weight, column_weight]
+        asked = slice(0 if of_image else 1, 1 + (of_text > 0 and x.objective == "softmax"))
+        losses, weights = losses[asked], weights[asked]
         total = torch.stack([(weight * loss).sum() for weight, loss in zip(weights, losses, strict=False)]).sum()
     else:
         mean = options.reduction == "mean"
         if x.objective == "softmax":
             anchors = [float((p > 0).sum().clamp(min=1)) if mean else 1.0 for p in (row_positives, column_positives)]
-            shares = [a.sum() / anchors[0] / 2 + b.sum() / anchors[1] / 2
+            shares = [of_image * a.sum() / anchors[0] + of_text * b.sum() / anchors[1]
                       for a, b in zip(of_rows.split(rows), of_columns.split(columns), strict=True)]  # fmt: skip
         else:
             logits = reference.similarity(x.image, x.text, x.mask) * scale + (0 if bias is None else bias)
@@ -155,6 +161,39 @@ def test_the_other_side_travels(ranks: Ranks, similarity: Any, objective: str, s
     rows, columns = (few, many) if similarity == "dot" else (many, few)
     whole = batch(rows, columns, similarity=similarity, objective=objective, ids=True, ignore=True)
     check(ranks, whole, rows, columns, Options(strategy, reduction))
+
+
+@every
+@strategies
+@pytest.mark.parametrize("name", [None, "reference", "triton"])
+@pytest.mark.parametrize("direction", [None, *reference.DIRECTIONS])
+def test_debiased_and_in_one_direction(
+    ranks: Ranks, similarity: Any, strategy: str, name: str | None, direction: str | None
+) -> None:
+    """Images travel, or texts: either way a rank needs the others' τ."""
+    if name == "triton" and (name not in sk.available_backends() or direction):
+        pytest.skip("not here, or once is enough")
+    few, many = [3, 1, 2], [12, 5, 9]
+    rows, columns = (few, many) if similarity == "dot" else (many, few)
+    dtype = torch.float64 if name != "triton" else torch.float32
+    whole = batch(rows, columns, similarity=similarity, ids=True, ignore=True, dtype=dtype)
+    taus = tuple(torch.linspace(0.2, 0, sum(sizes), dtype=torch.float64) for sizes in (rows, columns))
+    whole = replace(whole, tau_plus=taus, directions=(direction,) if direction else whole.directions)  # type: ignore[arg-type]
+    for reduction in ("mean", "none"):
+        check(ranks, whole, rows, columns, Options(strategy, reduction, backend=name))
+
+
+def test_prefixes(ranks: Ranks) -> None:
+    rows, dims = [3, 1, 5], (6, 24)
+    whole = batch(rows, rows)
+    found = ranks.run(runs.prefixes, whole, rows, dims, among=3)
+    x, wanted = runs.leaves(whole)
+    loss = sk.clip_loss(x.image, x.text, x.logit_scale, x.logit_bias, dims=dims)
+    image, text, *_ = torch.autograd.grad(loss, list(wanted.values()))
+    torch.testing.assert_close(torch.stack([x[0] for x in found]).mean(), loss.detach(), rtol=1e-12, atol=0)
+    for k, grad in ((1, image), (2, text)):
+        torch.testing.assert_close(torch.cat([x[k] for x in found]) / 3, grad, rtol=1e-10, atol=1e-13)
+    assert all("dims: got (9,), needs" in message for message in ranks.outcomes(runs.prefixes_of_one_rank, among=3))
 
 
 @objectives

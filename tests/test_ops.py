@@ -62,6 +62,16 @@ def test_opcheck_loss_backward(backend: str, objective: str) -> None:
     torch.library.opcheck(ops.loss_backward.default, (*weights, *saved, *arguments, EVERY, False))
 
 
+def test_opcheck_debiased_in_one_direction(backend: str) -> None:
+    tau = torch.linspace(0, 0.1, N), torch.linspace(0.1, 0, M)
+    arguments = *loss_arguments("softmax", backend)[:-1], 2000  # bytes: no products are kept, whose padding is anything
+    torch.library.opcheck(ops.loss.default, (*arguments, *tau))
+    torch.library.opcheck(ops.reduced_loss.default, (*arguments, "sum", [0.0, 1.0], *tau))
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    rows, columns, *saved = ops.loss(*plain, *tau)
+    torch.library.opcheck(ops.loss_backward.default, (rows, columns, *saved, *plain, EVERY, False, *tau))
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_opcheck_one_sweep(backend: str, masked: bool) -> None:
     arguments = loss_arguments("sigmoid", backend, masked=masked)
@@ -90,8 +100,11 @@ def everything(backend: str) -> Callable[..., Tensor]:
         b: dict[str, Any] = {"backend": backend}
         row, column = sk.clip_loss(image, text, scale, reduction="none", label_smoothing=0.1, **b)
         loss: Tensor = sk.clip_loss(image, text, scale, bias, **b) + row[1] + column[2]
-        loss = loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, **b)
-        loss = loss + sk.smartclip_loss(image, text, mask, scale, reduction="sum", **b)
+        loss = (
+            loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, dims=(7, 16), **b)
+        )
+        debiased: dict[str, Any] = {"tau_plus": 0.05, "directions": ("text_to_image",)}
+        loss = loss + sk.smartclip_loss(image, text, mask, scale, reduction="sum", **debiased, **b)
         loss = loss + sk.smartclip_loss(image, text, mask, scale, bias, objective="sigmoid", **b)
         return loss + sk.masked_similarity(image, text, mask, **b).sum()
 

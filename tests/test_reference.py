@@ -54,19 +54,32 @@ def literal_loss(x: Inputs, reduction: str) -> Any:
         ]
         return {"none": rows, "sum": sum(rows), "mean": sum(rows) / n}[reduction]
 
-    def anchor(pairs: list[tuple[int, int]]) -> float | None:
+    def anchor(pairs: list[tuple[int, int]], tau: float) -> float | None:
         right = [s[i][j] for i, j in pairs if positive(i, j)]
         every = [s[i][j] for i, j in pairs if counts(i, j)]
         if not right:
             return None
         e = x.label_smoothing
-        lse = math.log(sum(math.exp(v) for v in every))
+        negatives = sum(math.exp(s[i][j]) for i, j in pairs if counts(i, j) and not positive(i, j))
+        if tau:
+            count, mean = len(every) - len(right), sum(math.exp(v) for v in right) / len(right)
+            debiased = (negatives - count * tau * mean) / (1 - tau)
+            negatives = max(debiased, count * math.exp(bias - scale))
+            floored.append(debiased < negatives)
+        lse = math.log(sum(math.exp(v) for v in right) + negatives)
         return lse - (1 - e) * sum(right) / len(right) - e * sum(every) / len(every)
 
+    floored: list[bool] = []
+    tau = [v.tolist() for v in x.tau_plus] if isinstance(x.tau_plus, tuple) else [[x.tau_plus] * n, [x.tau_plus] * m]
     sides = [
-        [anchor([(i, j) for j in range(m)]) for i in range(n)],
-        [anchor([(i, j) for i in range(n)]) for j in range(m)],
+        [anchor([(i, j) for j in range(m)], tau[0][i]) for i in range(n)],
+        [anchor([(i, j) for i in range(n)], tau[1][j]) for j in range(m)],
     ]
+    assert not x.tau_plus or (any(floored) and not all(floored)), "both ends of the maximum"
+    if len(x.directions) == 1:
+        only = [v for v in sides[reference.DIRECTIONS.index(x.directions[0])] if v is not None]
+        every = [v or 0.0 for v in sides[reference.DIRECTIONS.index(x.directions[0])]]
+        return {"none": every, "sum": sum(only), "mean": sum(only) / max(len(only), 1)}[reduction]
     found = [[v for v in side if v is not None] for side in sides]
     if reduction == "none":
         return [[v or 0.0 for v in side] for side in sides]
@@ -84,7 +97,15 @@ CASES: dict[str, dict[str, Any]] = {
     "ignored": {"ids": True, "ignore": True},
     "ignored on the diagonal": {"ignore": True},
     "smooth": {"label_smoothing": 0.2, "ids": True, "ignore": True},
+    "of images": {"directions": ("image_to_text",), "ids": True},
+    "of texts": {"directions": ("text_to_image",), "m": 9, "label_smoothing": 0.1},
+    "debiased": {"tau_plus": 0.2},
+    "debiased by row": {"tau_plus": tuple(torch.linspace(0, 0.3, 7, dtype=torch.float64) for _ in range(2))},
+    "debiased everything": {"tau_plus": 0.15, "ids": True, "ignore": True, "label_smoothing": 0.2, "bias": 0.7},
+    "debiased texts": {"tau_plus": 0.2, "directions": ("text_to_image",), "bias": -1.0},
 }
+OF_SOFTMAX = ("label_smoothing", "tau_plus", "directions")
+ARGUMENTS = ("tau_plus", "directions")
 
 
 @pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
@@ -94,8 +115,10 @@ CASES: dict[str, dict[str, Any]] = {
 def test_losses_pair_by_pair(similarity: Any, objective: str, reduction: str, case: str) -> None:
     options: dict[str, Any] = dict(CASES[case])
     if objective == "sigmoid":
-        options.pop("label_smoothing", None)
+        options = {name: value for name, value in options.items() if name not in OF_SOFTMAX}
+    changes = {name: options.pop(name) for name in ARGUMENTS if name in options}
     x = exact(7, options.pop("m", 7), 5, similarity=similarity, objective=objective, mask="soft", scale=3.0, **options)
+    x = replace(x, **changes)
     if x.ignore_ids is not None:
         x = replace(x, ignore_ids=(x.ignore_ids[0] % 3, x.ignore_ids[1] % 3))
     actual, expected = testing.eager_loss(x, reduction), literal_loss(x, reduction)
@@ -160,6 +183,20 @@ def test_gradients(similarity: Any, objective: str, reduction: str) -> None:
     assert torch.autograd.gradcheck(loss, tuple(leaves.values()))
 
 
+def test_gradients_of_debiased_losses() -> None:
+    """Of the features and the bias, whichever side of the maximum holds; of the scale where its floor does not."""
+    for tau, wanted in ((0.02, testing.DIFFERENTIABLE), (0.2, ("image", "text", "logit_bias"))):
+        x = replace(exact(5, 6, 4, scale=2.0, bias=0.3, ids=True, ignore=True), tau_plus=tau, wanted=wanted)
+        literal_loss(x, "mean") if tau > 0.1 else None
+        leaves = {name: value.clone().requires_grad_() for name, value in x.leaves.items()}
+
+        def loss(*values: Tensor, x: Inputs = x, names: tuple[str, ...] = tuple(leaves)) -> Any:
+            given: dict[str, Any] = dict(zip(names, values, strict=True))
+            return testing.eager_loss(replace(x, **given), "mean")
+
+        assert torch.autograd.gradcheck(loss, tuple(leaves.values()))
+
+
 @pytest.mark.parametrize("backend_reduction", REDUCTIONS)
 @pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
@@ -169,7 +206,7 @@ def test_the_reference_backend_differentiates_the_reference(
     """The backend's gradients are formulas; the truth's are autograd's. One is no good without the other."""
     smoothing = 0.1 if objective == "softmax" else 0.0
     x = exact(30, 26, 12, similarity=similarity, objective=objective, mask="soft", bias=0.5, ids=True, ignore=True)
-    x = replace(x, label_smoothing=smoothing)
+    x = replace(x, label_smoothing=smoothing, tau_plus=0.05 if smoothing and similarity == "dot" else 0.0)
     actual = testing.evaluate(x, testing.fused_loss("reference"), backend_reduction).values
     expected = testing.evaluate(x, testing.eager_loss, backend_reduction).values
     for name in expected:

@@ -63,6 +63,24 @@ def test_losses_and_merging(objective: str, seed: int) -> None:
         torch.testing.assert_close(state.loss(it, x.label_smoothing), rows, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tau", [0.01, 0.1, 0.8])
+def test_debiased_losses_and_gradients(tau: float) -> None:
+    x = inputs("softmax", 1, tau_plus=tau)
+    logits, positive, candidate = scores(x)
+    logits.requires_grad_()
+    taus, least = torch.full((len(logits),), tau, dtype=torch.float64), torch.full_like(logits, -20.0)
+    rows = reference.softmax_losses(logits, positive, candidate, 0.1, taus, least)
+    weight = torch.linspace(-1, 2, len(rows), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(rows, logits, weight)
+    with torch.no_grad():
+        state = STATES["softmax"].of(logits, positive, candidate)
+        loss = STATES["softmax"].loss(state, 0.1, taus, least[0, 0])
+        arguments = state, weight, 0.1, taus, least[0, 0]
+        torch.testing.assert_close(loss, rows, rtol=1e-12, atol=1e-12)
+        got = STATES["softmax"].gradient(logits, positive, candidate, *arguments)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
+
+
 def test_a_nan_stays_visible() -> None:
     for objective, state in STATES.items():
         logits, positive, candidate = scores(inputs(objective, 0))

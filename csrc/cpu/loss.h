@@ -137,7 +137,7 @@ void loss(const Problem<T>& problem) {
     if (side == &problem.column && !Objective::kBothSides) return;
     for (int64_t i = 0; i < side->size; ++i)
       side->loss[i] =
-          Objective::loss(load_state<typename Objective::template State<T>>(*side, i), problem.label_smoothing);
+          Objective::loss(load_state<typename Objective::template State<T>>(*side, i), problem.target_of(*side, i));
   }
 }
 
@@ -149,7 +149,7 @@ void anchor(const Problem<T>& problem) {
     for (int64_t i = 0; i < side->size; ++i) {
       const State state = Objective::kNeedsStatistics ? load_state<State>(*side, i) : State::empty();
       T numbers[Objective::kAnchor];
-      Objective::anchor(state, side->weight[i], problem.label_smoothing, numbers);
+      Objective::anchor(state, side->weight[i], problem.target_of(*side, i), numbers);
       for (int k = 0; k < Objective::kAnchor; ++k) side->anchor[k * side->size + i] = numbers[k];
     }
   }

@@ -86,10 +86,12 @@ enum class Reduction : int { kNone, kSum, kMean };
 struct Gather {
   Side<float> row, column;
   Partials row_partials, column_partials;
+  const float *scale = nullptr, *bias = nullptr;
   float smoothing = 0;
   LossSum* sums = nullptr;  // of every kVectorThreads rows, then columns; null: losses are not summed
   // Of the whole problem, after its last part: the loss (one number), and what each side's losses count in it (two).
   Reduction reduction = Reduction::kNone;
+  double shares[2] = {0.5, 0.5};  // of rows and columns where both have losses; a side of share 0 is left out
   float *loss = nullptr, *weights = nullptr;
   uint32_t* arrived = nullptr;
 };
@@ -100,7 +102,7 @@ struct Anchors {
   bool uniform = false;     // a side's weights are one number
   float* unit = nullptr;    // null: 1. Made here of uniform weights, else given
   float room = 1;           // what the largest weight becomes
-  const float* scale = nullptr;
+  const float *scale = nullptr, *bias = nullptr;
   float* gain = nullptr;
   float smoothing = 0;
 };

@@ -47,7 +47,7 @@ struct GatherShared {
 
 // Merges the slots' states in their order into one of the side's, and makes the loss of what has been merged so far.
 template <class Objective>
-SK_DEVICE void merge_states(const Side<float>& side, const Partials& partials, int index, float smoothing,
+SK_DEVICE void merge_states(const Gather& p, const Side<float>& side, const Partials& partials, int index,
                             LossSum& sum) {
   using State = typename Objective::template State<float>;
   if (index >= partials.count) return;
@@ -57,8 +57,9 @@ SK_DEVICE void merge_states(const Side<float>& side, const Partials& partials, i
   for (int slot = 0; slot < partials.slots; ++slot)
     state.merge(load_planes<State>(partials.states + int64_t(slot) * partials.count + index, plane));
   store_planes(into, side.size, state);
-  const float loss = Objective::loss(state, smoothing);
-  side.loss[partials.start + index] = loss;
+  const int64_t anchor = partials.start + index;
+  const float loss = Objective::loss(state, side.target_of(anchor, p.smoothing, p.scale, p.bias));
+  side.loss[anchor] = loss;
   sum = {loss, Objective::is_anchor(state) ? 1.0 : 0.0};
 }
 
@@ -71,22 +72,19 @@ SK_DEVICE LossSum sum_of(const LossSum* sums, int64_t count, double (&warps)[kVe
   return {block_sum<kVectorThreads>(sum.loss, warps), block_sum<kVectorThreads>(sum.anchors, warps)};
 }
 
-// The mean or the sum of a side's losses; half of each where both sides have them. By the last block.
+// The mean or the sum of a side's losses; a share of each where both sides have them. By the last block.
 template <class Objective>
 SK_DEVICE void reduce_losses(const Gather& p, GatherShared& shared) {
   const int64_t row_sums = blocks_of(p.row.size);
-  const auto weight_of = [&](const LossSum& sum) {
+  double loss = 0;
+  const auto add = [&](int side, const LossSum& sum) {
     const double count = p.reduction == Reduction::kMean && sum.anchors > 0 ? sum.anchors : 1.0;
-    return (Objective::kBothSides ? 0.5 : 1.0) / count;
+    const double weight = (Objective::kBothSides ? p.shares[side] : 1.0) / count;
+    if (weight != 0) loss += weight * sum.loss;  // not 0 * infinity
+    if (ptx::thread_index() == 0) p.weights[side] = static_cast<float>(weight);
   };
-  const LossSum row = sum_of(p.sums, row_sums, shared.warps);
-  double loss = weight_of(row) * row.loss;
-  if (ptx::thread_index() == 0) p.weights[0] = static_cast<float>(weight_of(row));
-  if constexpr (Objective::kBothSides) {
-    const LossSum column = sum_of(p.sums + row_sums, blocks_of(p.column.size), shared.warps);
-    loss += weight_of(column) * column.loss;
-    if (ptx::thread_index() == 0) p.weights[1] = static_cast<float>(weight_of(column));
-  }
+  add(0, sum_of(p.sums, row_sums, shared.warps));
+  if constexpr (Objective::kBothSides) add(1, sum_of(p.sums + row_sums, blocks_of(p.column.size), shared.warps));
   if (ptx::thread_index() == 0) *p.loss = static_cast<float>(loss);
 }
 
@@ -99,8 +97,7 @@ gather(SK_PARAMETER Gather p) {
   const int block = ptx::block_index() - (of_column ? row_blocks : 0);
   const Partials& partials = of_column ? p.column_partials : p.row_partials;
   LossSum own{};
-  merge_states<Objective>(of_column ? p.column : p.row, partials, block * kVectorThreads + ptx::thread_index(),
-                          p.smoothing, own);
+  merge_states<Objective>(p, of_column ? p.column : p.row, partials, block * kVectorThreads + ptx::thread_index(), own);
   if (!p.sums) return;
   own = {block_sum<kVectorThreads>(own.loss, shared.warps), block_sum<kVectorThreads>(own.anchors, shared.warps)};
   if (ptx::thread_index() == 0) {
@@ -138,7 +135,8 @@ anchors(SK_PARAMETER Anchors p) {
   State state = State::empty();
   if constexpr (Objective::kNeedsStatistics) state = load_planes<State>(side.statistics + index, side.size);
   float numbers[Objective::kAnchor];
-  Objective::anchor(state, side.weight[p.uniform ? 0 : index] / unit, p.smoothing, numbers);
+  Objective::anchor(state, side.weight[p.uniform ? 0 : index] / unit,
+                    side.target_of(index, p.smoothing, p.scale, p.bias), numbers);
 #pragma unroll
   for (int k = 0; k < Objective::kAnchor; ++k) side.anchor[k * side.size + index] = numbers[k];
 }

@@ -27,7 +27,7 @@ ARCHITECTURE = os.environ.get("SMARTCLIP_CUDA_ARCHITECTURE", "")
 ARCHITECTURES = ("sm_80", "sm_90a")
 HOPPER_ELEMENTS = ("bfloat16", "float16")
 OLDEST = (8, 0)
-_VECTORS = ("id", "ignore", "factor", "statistics", "loss", "weight", "anchor")
+_VECTORS = ("id", "ignore", "factor", "tau", "statistics", "loss", "weight", "anchor")
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 BLOCK_ANCHORS = 128  # what a block of `gather` and of `anchors` has
 REBUILD = "install the CUDA toolkit (nvcc) and install the package again"
@@ -158,7 +158,8 @@ class CudaLaunch(DeviceLaunch):
         sums = _address(self._sums)
         loss, weights = (_address(x) if last else 0 for x in (self._reduced or (None, None)))
         with self.on_device():
-            self._launch.gather(merges[0], (*merges, None)[1], self.problem.reduction, sums, loss, weights)
+            of_all = (self.problem.reduction, sums, loss, weights, tuple(self.problem.shares))
+            self._launch.gather(merges[0], (*merges, None)[1], *of_all)
 
     def loss(self) -> Tensors:
         return self._reduced or super().loss()

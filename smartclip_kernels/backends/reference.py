@@ -36,6 +36,7 @@ class ReferenceBackend:
             text_ids=problem.text_ids,
             ignore_ids=_ignore_ids(problem),
             label_smoothing=problem.label_smoothing,
+            tau_plus=_tau_plus(problem),
         )
         _, logits, positive, candidate = _scores(problem)
         state = STATES[problem.objective]
@@ -46,7 +47,12 @@ class ReferenceBackend:
         total, weights = rows.new_empty(0), rows.new_empty(0)
         if problem.reduction != "none":
             total, weights = reference.reduce_losses(
-                rows, columns, *positives, objective=problem.objective, reduction=problem.reduction
+                rows,
+                columns,
+                *positives,
+                objective=problem.objective,
+                reduction=problem.reduction,
+                shares=problem.shares,
             )
         return total, weights, rows, columns, row_states, column_states, rows.new_empty(0)
 
@@ -84,6 +90,11 @@ def _ignore_ids(problem: Problem) -> tuple[Tensor, Tensor] | None:
     return None if image is None or text is None else (image, text)
 
 
+def _tau_plus(problem: Problem) -> tuple[Tensor, Tensor] | float:
+    image, text = problem.image_tau, problem.text_tau
+    return 0.0 if image is None or text is None else (image, text)
+
+
 def _scores(problem: Problem) -> Tensors:
     """sim, logits, and which pairs are positive and which count: (N, M) all."""
     sim = reference.similarity(problem.image, problem.text, problem.mask)
@@ -95,10 +106,11 @@ def _scores(problem: Problem) -> Tensors:
 def _gradients(problem: Problem, states: Tensors, weights: Tensors) -> tuple[Tensor | None, ...]:
     """Of image, text, mask, scale and bias, in the precision of the scores. States may know of more candidates."""
     sim, logits, positive, candidate = _scores(problem)
-    state, smoothing = STATES[problem.objective], problem.label_smoothing
-    gradient = state.gradient(logits, positive, candidate, states[0], weights[0], smoothing)
+    state, smoothing, least = STATES[problem.objective], problem.label_smoothing, problem.least_logit()
+    pairs, turned = (logits, positive, candidate), (logits.T, positive.T, candidate.T)
+    gradient = state.gradient(*pairs, states[0], weights[0], smoothing, problem.image_tau, least)
     if problem.traits.both_sides:
-        gradient = gradient + state.gradient(logits.T, positive.T, candidate.T, states[1], weights[1], smoothing).T
+        gradient = gradient + state.gradient(*turned, states[1], weights[1], smoothing, problem.text_tau, least).T
     features = reference.similarity_gradients(problem.image, problem.text, problem.mask, gradient * problem.scale)
     bias = torch.zeros_like(sim[0, 0]) if problem.traits.shift_invariant else gradient.sum()
     return *features, (gradient * sim).sum(), bias

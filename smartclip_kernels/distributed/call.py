@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from smartclip_kernels.distributed.strategies import Strategy
 from smartclip_kernels.problem import Tensors
 from smartclip_kernels.reference import OBJECTIVES, Objective
 
+T = TypeVar("T")
 Inputs = tuple[Tensor | None, ...]
 """Own image, text, mask, scale and bias, as `Needs` has them."""
 
@@ -43,6 +44,9 @@ class Call:
     image_travels: bool
     ids: tuple[Tensor | None, ...]  # image's, text's, and ignore ids: the travelling side's those of all ranks
     by_ids: bool  # a caller's ids, not what is made where there are none
+    own_tau: tuple[Tensor | None, Tensor | None]  # of own images and own texts: debiased negatives
+    tau: tuple[Tensor | None, ...]  # the same, the travelling side's of all ranks
+    shares: tuple[float, float]  # of rows' and columns' losses, where both have them
     objective: str
     label_smoothing: float
     backend: str
@@ -67,7 +71,12 @@ class Call:
         ids = (x[window] if k in moving and x is not None else x for k, x in enumerate(self.ids))
         return *features, *inputs[3:5], *ids, self.objective, self.label_smoothing, self.backend, self.workspace
 
-    def sides(self, own: Tensor, travelling: Tensor) -> tuple[Tensor, Tensor]:
+    def tau_of(self, window: slice) -> tuple[Tensor | None, ...]:
+        """Of an op, for the same rows."""
+        moving = 0 if self.image_travels else 1
+        return tuple(x[window] if k == moving and x is not None else x for k, x in enumerate(self.tau))
+
+    def sides(self, own: T, travelling: T) -> tuple[T, T]:
         """In the order of rows and columns, or back."""
         return (travelling, own) if self.image_travels else (own, travelling)
 

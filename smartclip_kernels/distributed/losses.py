@@ -16,7 +16,8 @@ from smartclip_kernels.distributed.call import EXACT, Call, Inputs, Semantics
 from smartclip_kernels.distributed.exchange import Exchange
 from smartclip_kernels.distributed.strategies import STRATEGIES
 from smartclip_kernels.ops import autocast, first_order, needed_gradients
-from smartclip_kernels.problem import Needs, Problem, Tensors
+from smartclip_kernels.problem import LossCall, Needs, Problem, Tensors
+from smartclip_kernels.reference import DIRECTIONS, asked_for, least_logits
 from smartclip_kernels.states import STATES
 
 _ops = torch.ops.smartclip
@@ -42,7 +43,9 @@ class _Loss(torch.autograd.Function):
         kept: dict[int, Tensor] = {}
 
         def visit(window: slice, block: Tensors) -> Tensors:
-            *_, row_states, column_states, products = _ops.loss(*call.arguments(inputs, window, block))
+            *_, row_states, column_states, products = _ops.loss(
+                *call.arguments(inputs, window, block), *call.tau_of(window)
+            )
             parts[window.start] = call.sides(row_states, column_states)
             # What a call may keep of its products is for all of its blocks together.
             room = call.workspace // 2 - sum(x.nbytes for x in kept.values())
@@ -57,7 +60,13 @@ class _Loss(torch.autograd.Function):
         if travelling.shape[1]:
             pieces = call.exchange.swap(travelling.split(call.travelling_rows, dim=1))
             travelling = state.merge(torch.stack(pieces))
-        losses = [state.loss(x, call.label_smoothing) if x.shape[1] else x[0] for x in (own, travelling)]
+        scale, bias = inputs[3:]
+        assert scale is not None
+        least = least_logits(scale.reshape(()), None if bias is None else bias.reshape(()), own.new_empty(()))
+        losses = [
+            state.loss(x, call.label_smoothing, tau, least) if x.shape[1] else x[0]
+            for x, tau in zip((own, travelling), call.sides(*call.own_tau), strict=True)
+        ]
         positives = [x[0].clone() for x in (own, travelling)]
         ctx.call, ctx.starts = call, list(kept)
         ctx.save_for_backward(*inputs, own, travelling, *kept.values(), *blocks)
@@ -89,10 +98,11 @@ class _Loss(torch.autograd.Function):
             states = call.sides(own, travelling[:, window])
             u, v = call.sides(own_weight, travelling_weight[window])
             arguments = *states, kept[window.start], *call.arguments(inputs, window, block)
+            tau = call.tau_of(window)
             if call.semantics.sides_apart:
-                grads = _apart(u, v, arguments, call.needs)
+                grads = _apart(u, v, arguments, call.needs, tau)
             else:
-                grads = _ops.loss_backward(u, v, *arguments, call.needs, True)
+                grads = _ops.loss_backward(u, v, *arguments, call.needs, True, *tau)
             _add(sums, grads, call.own_gradients())
             return tuple(grads[place] for place in call.home_gradients())
 
@@ -100,11 +110,11 @@ class _Loss(torch.autograd.Function):
         return call.finish(inputs, sums, home)
 
 
-def _apart(u: Tensor, v: Tensor, arguments: tuple[Any, ...], needs: list[bool]) -> Tensors:
+def _apart(u: Tensor, v: Tensor, arguments: tuple[Any, ...], needs: list[bool], tau: Inputs) -> Tensors:
     """image's gradient of the rows' losses, text's and mask's of the columns', scale's and bias's of both."""
     image, text, mask, *scalars = needs
-    of_rows = _ops.loss_backward(u, 0 * v, *arguments, [image, False, False, *scalars], True)
-    of_columns = _ops.loss_backward(0 * u, v, *arguments, [False, text, mask, *scalars], True)
+    of_rows = _ops.loss_backward(u, 0 * v, *arguments, [image, False, False, *scalars], True, *tau)
+    of_columns = _ops.loss_backward(0 * u, v, *arguments, [False, text, mask, *scalars], True, *tau)
     return of_rows[0], *of_columns[1:3], *(x + y for x, y in zip(of_rows[3:], of_columns[3:], strict=True))
 
 
@@ -174,7 +184,7 @@ class _SameValue(torch.autograd.Function):
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def loss(
-    make: Callable[[], tuple[tuple[Any, ...], str]],
+    make: Callable[[], LossCall],
     group: dist.ProcessGroup,
     strategy: str,
     semantics: Semantics = EXACT,
@@ -182,19 +192,20 @@ def loss(
     """The loss over all ranks of `group`, as `clip_loss` describes it.
 
     Args:
-        make: gives an op's arguments for own rows and the reduction. What it raises, every rank hears of.
+        make: gives the loss of own rows. What it raises, every rank hears of.
     """
     exchange = Exchange(group)
     error: Exception | None = None
     has: dict[str, Any] = {}
     try:
-        arguments, reduction = make()
-        arguments = (*autocast(*arguments[:3]), *arguments[3:])
+        asked = make()
+        arguments, reduction = (*autocast(*asked.arguments[:3]), *asked.arguments[3:]), asked.reduction
         checks.problem(*arguments[:-2])
+        checks.tau(asked.tau, arguments[0], arguments[1], arguments[9])
         device = arguments[0].device
         exchange.check_device(device)
         backend = backends.resolve(arguments[-2], device)
-        has = _header(arguments, reduction, strategy, semantics)
+        has = _header(asked._replace(arguments=arguments), strategy, semantics)
     except (TypeError, ValueError, RuntimeError) as failure:
         error = failure
     everyone = exchange.agree("forward", has, error)
@@ -213,6 +224,9 @@ def loss(
             image_travels,
             _ids(problem, exchange, rows, image_travels),
             problem.image_ids is not None,
+            asked.tau,
+            _tau(asked.tau, exchange, rows, image_travels),
+            asked.shares,
             problem.objective,
             problem.label_smoothing,
             backend.name,
@@ -229,7 +243,7 @@ def _result(call: Call, inputs: Inputs, reduction: str) -> Any:
     else:
         *losses, row_positives, column_positives = _Loss.apply(call, *inputs)
         if reduction == "none":
-            return tuple(losses) if call.traits.both_sides else losses[0]
+            return asked_for(losses[0], losses[1], call.objective, call.shares)
         share = _share(call, reduction, losses, (row_positives, column_positives))
     value = call.exchange.size * share
     return _SameValue.apply(value, call.exchange) if call.semantics.same_value else value
@@ -244,21 +258,25 @@ def mean(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _share(call: Call, reduction: str, losses: list[Tensor], positives: Tensors) -> Tensor:
     """Of the loss over all ranks: that of own rows and columns."""
-    rows, columns = (x.sum() for x in losses)
     if not call.traits.both_sides:
+        rows = losses[0].sum()
         return rows / sum(call.rows[0]) if reduction == "mean" else rows
+    # A side without a share is left out: 0 times its infinity would be NaN.
+    sides = zip(losses, call.shares, strict=True)
+    rows, columns = (share * x.sum() if share else x.new_zeros(()) for x, share in sides)
     if reduction == "sum":
-        return (rows + columns) / 2
+        return rows + columns
     if not call.by_ids:
-        return (rows + columns) / (2 * sum(call.rows[0]))
+        return (rows + columns) / sum(call.rows[0])
     own = torch.stack([(x > 0).sum() for x in positives])[None]
     (counts,) = call.exchange.gather((own,), [1] * call.exchange.size)
     anchors = counts.sum(0).clamp(min=1)
-    return (rows / anchors[0] + columns / anchors[1]) / 2
+    return rows / anchors[0] + columns / anchors[1]
 
 
-def _header(arguments: tuple[Any, ...], reduction: str, strategy: str, semantics: Semantics) -> dict[str, Any]:
+def _header(call: LossCall, strategy: str, semantics: Semantics) -> dict[str, Any]:
     """What the ranks have to agree on, and, with a capital letter, how many rows each has."""
+    arguments = call.arguments
     image, text, mask, _, bias = arguments[:5]
     wants = zip(Needs._fields, needed_gradients(*arguments[:5]), strict=True)
     return {
@@ -270,7 +288,9 @@ def _header(arguments: tuple[Any, ...], reduction: str, strategy: str, semantics
         "ignore_ids": "absent" if arguments[7] is None else "given",
         "objective": arguments[9],
         "label_smoothing": arguments[10],
-        "reduction": reduction,
+        "tau_plus": "absent" if call.tau[0] is None else "given",
+        "directions": [name for name, share in zip(DIRECTIONS, call.shares, strict=True) if share],
+        "reduction": call.reduction,
         "strategy": strategy,
         "gradients wanted": [name for name, wanted in wants if wanted],
         "semantics": asdict(semantics),
@@ -297,3 +317,15 @@ def _ids(
         own = everyone[start : start + problem.n]
         ids[:2] = (everyone, own) if image_travels else (own, everyone)
     return tuple(ids)
+
+
+def _tau(
+    own: tuple[Tensor | None, ...], exchange: Exchange, rows: tuple[list[int], list[int]], image_travels: bool
+) -> tuple[Tensor | None, ...]:
+    """Image's and text's. The travelling side's of all ranks: whoever scores its rows makes their part of G."""
+    moving = 0 if image_travels else 1
+    tau = list(own)
+    if (moves := tau[moving]) is not None:
+        (whole,) = exchange.gather((moves[:, None],), rows[moving])
+        tau[moving] = whole[:, 0].contiguous()
+    return tuple(tau)

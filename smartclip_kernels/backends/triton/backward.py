@@ -26,7 +26,7 @@ def _store(pointer, stride, x, i, j, n, m):
 
 @triton.jit
 def anchors(
-    statistics, weight, unit, smoothing, out, size,
+    statistics, weight, unit, tau, scale, bias, smoothing, out, size,
     OBJECTIVE: tl.constexpr, PLANES: tl.constexpr, ANCHOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What G needs of one side's anchors, (ANCHOR, size). Their weights are divided by `unit`."""
@@ -37,7 +37,9 @@ def anchors(
     state = (weights,)
     if PLANES > 0:
         state = tile.load_planes(statistics, size, index, inside, PLANES)
-    tile.store_planes(out, size, index, inside, objective.anchor(OBJECTIVE, state, weights, smoothing), ANCHOR)
+    of_each, least = tile.debiasing(tau, scale, bias, index, inside, BLOCK)
+    numbers = objective.anchor(OBJECTIVE, state, weights, smoothing, of_each, least)
+    tile.store_planes(out, size, index, inside, numbers, ANCHOR)
 
 
 @triton.jit

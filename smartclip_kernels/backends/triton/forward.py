@@ -75,6 +75,9 @@ def gather(
     partials,
     into,
     losses,
+    tau,
+    scale,
+    bias,
     smoothing,
     blocks,
     count,
@@ -103,4 +106,5 @@ def gather(
         states = tile.where(here, states, empty, PLANES)
         state = objective.merge(OBJECTIVE, state, objective.fold(OBJECTIVE, states))
     tile.store_planes(into + start, size, index, inside, state, PLANES)
-    tl.store(losses + start + index, objective.loss(OBJECTIVE, state, smoothing), mask=inside)
+    of_each, least = tile.debiasing(tau, scale, bias, start + index, inside, BLOCK)
+    tl.store(losses + start + index, objective.loss(OBJECTIVE, state, smoothing, of_each, least), mask=inside)

@@ -58,7 +58,7 @@ class TritonLaunch(DeviceLaunch):
             OBJECTIVE=self.problem.objective,
             PLANES=traits.statistics,
             BOTH_SIDES=traits.both_sides,
-            SMOOTHING=self.problem.label_smoothing > 0,
+            SMOOTHING=self.problem.label_smoothing > 0 or self.image.tau is not None,
         )
 
     def run_gather(self, panels: Sequence[Panel], last: bool) -> None:
@@ -69,6 +69,9 @@ class TritonLaunch(DeviceLaunch):
                     panel.partials,
                     panel.side.statistics,
                     panel.side.loss,
+                    panel.side.tau,
+                    self.scale,
+                    self.bias,
                     self.problem.label_smoothing,
                     blocks,
                     count,
@@ -93,6 +96,9 @@ class TritonLaunch(DeviceLaunch):
                     side.statistics,
                     weight,
                     self.unit,
+                    side.tau,
+                    self.scale,
+                    self.bias,
                     self.problem.label_smoothing,
                     side.anchor,
                     side.size,

@@ -55,19 +55,19 @@ def merge(OBJECTIVE: tl.constexpr, a, b):
 
 
 @triton.jit
-def loss(OBJECTIVE: tl.constexpr, state, smoothing):
-    """Of the anchors, from their statistics."""
+def loss(OBJECTIVE: tl.constexpr, state, smoothing, tau, least):
+    """Of the anchors, from their statistics. `tau`, of each, and `least`, β − α, are for debiased negatives."""
     if OBJECTIVE == "softmax":
-        return _softmax_loss(state, smoothing)
+        return _softmax_loss(state, smoothing, tau, least)
     else:
         return state[0]
 
 
 @triton.jit
-def anchor(OBJECTIVE: tl.constexpr, state, weight, smoothing):
+def anchor(OBJECTIVE: tl.constexpr, state, weight, smoothing, tau, least):
     """From anchors' statistics and weights to the numbers that G needs of them."""
     if OBJECTIVE == "softmax":
-        return _softmax_anchor(state, weight, smoothing)
+        return _softmax_anchor(state, weight, smoothing, tau, least)
     else:
         return (weight,)
 
@@ -100,7 +100,7 @@ def _positive(row_id, column_id):
 
 @triton.jit
 def _softmax_state(logit, row_id, column_id, some_positive, axis: tl.constexpr, SMOOTHING: tl.constexpr):
-    """Total and candidates matter where there is smoothing, and are 0 elsewhere."""
+    """Total and candidates matter where there is smoothing, or a tau, and are 0 elsewhere."""
     top = tl.max(logit, axis)
     # LOWEST − LOWEST would be a mass of 1 where no pair counts.
     shift = tl.expand_dims(tl.where(top == LOWEST, 0.0, top), axis)
@@ -152,32 +152,51 @@ def _softmax_merge(a, b):
 
 
 @triton.jit
-def _softmax_loss(state, smoothing):
-    """log(1 + others/positive) where a lone positive dominates: the general form would round at 1."""
-    positives, top, positive_mass, other_mass, total, positive_sum, candidates = state
+def _softmax_negatives(state, tau, least):
+    """g, relative to max, and its derivatives by the others' mass and by the positives'. At a tau of 0: the former."""
+    positives, top, positive_mass, other_mass, _, _, candidates = state
+    count, rest = candidates - positives, 1.0 - tau
+    among = count * tau / tl.where(positives == 0.0, 1.0, positives)
+    debiased = (other_mass - among * positive_mass) / rest
+    floor = tl.where(count == 0.0, 0.0, count * tl.exp(least - top))
+    biased, floored = tau == 0.0, debiased < floor
+    mass = tl.where(biased, other_mass, tl.where(floored, floor, debiased))
+    by_others = tl.where(biased, 1.0, tl.where(floored, 0.0, 1.0 / rest))
+    return mass, by_others, tl.where(biased | floored, 0.0, -among / rest)
+
+
+@triton.jit
+def _softmax_loss(state, smoothing, tau, least):
+    """log(1 + negatives/positive) where a lone positive dominates: the general form would round at 1."""
+    positives, top, positive_mass, _, total, positive_sum, candidates = state
+    negatives, _, _ = _softmax_negatives(state, tau, least)
     count = tl.where(positives == 0.0, 1.0, positives)
-    general = (top - (1.0 - smoothing) * positive_sum / count) + tl.log(positive_mass + other_mass)
-    dominates = (positives == 1.0) & (other_mass <= positive_mass)
-    certain = smoothing * positive_sum + _log1p_unit(tl.where(dominates, other_mass / positive_mass, 0.0))
+    general = (top - (1.0 - smoothing) * positive_sum / count) + tl.log(positive_mass + negatives)
+    dominates = (positives == 1.0) & (negatives <= positive_mass)
+    certain = smoothing * positive_sum + _log1p_unit(tl.where(dominates, negatives / positive_mass, 0.0))
     result = tl.where(dominates, certain, general)
     result -= tl.where(smoothing == 0.0, 0.0, smoothing * total / tl.where(candidates == 0.0, 1.0, candidates))
     return tl.where(positives == 0.0, 0.0, result)
 
 
 @triton.jit
-def _softmax_anchor(state, weight, smoothing):
+def _softmax_anchor(state, weight, smoothing, tau, least):
     """max · factor of e^{s − max} · each candidate's share · at a positive: that factor, and what is added.
 
-    Of a lone positive G is known without cancelling: nothing of e^{s − max}, and minus the others' probability.
+    Of a lone positive G is known without cancelling: nothing of e^{s − max}, and minus the others' probability, or
+    minus g / (P + g) where g is the floor.
     """
     positives, top, positive_mass, other_mass, _, _, candidates = state
+    negatives, by_others, by_positives = _softmax_negatives(state, tau, least)
     none, lone = positives == 0.0, positives == 1.0
-    mass = positive_mass + other_mass
+    mass = positive_mass + negatives
     factor = tl.where(none, 0.0, weight / mass)
+    pushed = tl.where(by_others == 0.0, negatives, other_mass * by_others)
     share = tl.where(none | (smoothing == 0.0), 0.0, smoothing * weight / candidates)
-    certain = smoothing * weight - weight * (other_mass / mass)
+    certain = smoothing * weight - weight * (pushed / mass)
     added = tl.where(lone, certain, -(1.0 - smoothing) * weight / positives) - share
-    return top, factor, share, tl.where(lone, 0.0, factor), tl.where(none, 0.0, added)
+    of_positives = tl.where(lone, 0.0, factor * (1.0 + by_positives))
+    return top, factor * by_others, share, of_positives, tl.where(none, 0.0, added)
 
 
 @triton.jit

@@ -147,6 +147,18 @@ def logits(sim, scale, bias, row_id, column_id, row_ignore, column_ignore, i, j,
 
 
 @triton.jit
+def debiasing(tau, scale, bias, index, inside, BLOCK: tl.constexpr):
+    """τ of each index (0 where there is none) and β − α, which only a τ needs."""
+    if tau is None:
+        return tl.zeros((BLOCK,), tl.float32), 0.0
+    else:
+        least = -tl.load(scale)
+        if bias is not None:
+            least += tl.load(bias)
+        return tl.load(tau + index, mask=inside, other=0.0), least
+
+
+@triton.jit
 def load_planes(pointer, stride, index, inside, PLANES: tl.constexpr):
     """PLANES numbers of each index, as a tuple. Outside: 1, which no formula minds."""
     planes = (tl.load(pointer + index, mask=inside, other=1.0),)
