@@ -94,6 +94,8 @@ class TiledBackend:
             statistics.append(side.statistics)
         products = empty(self.kept_shape(problem), dtype=problem.dtype)
         kept = products if products.numel() else None
+        if kept is not None and kept.shape[2] > problem.m:
+            kept[:, :, problem.m :].zero_()  # nobody reads it, but the op returns it
         launch = self.make_launch(problem, operands.name, row, column)
         for tile in self._tiles(problem, operands, products.nbytes).scores(kept):
             launch.statistics(tile)

@@ -166,7 +166,7 @@ def test_configurations_are_built_and_measured_before_the_benchmark(tmp_path: Pa
     machine("--configs", "--skip", "versions,peers,build,tests,memcheck,racecheck")
     made = calls(tmp_path)
     flags = [call for call in made if call.startswith("cmake -S") and "CMAKE_CUDA_FLAGS=" in call]
-    assert len(flags) == 7 and sum("-DSK_SM90_LAG=3" in call for call in flags) == 1
+    assert len(flags) == 8 and sum("-DSK_SM90_LAG=3" in call for call in flags) == 1
     # The stand-in built no module to measure.
     assert table(tmp_path) == {"configs": "exit status 1", "bench": "ok"}
 
