@@ -12,7 +12,7 @@ import torch
 
 from tests.simulated import SIMULATED, simulate
 
-# Compiled graphs of an earlier checkout would be taken for this one's: their key holds our ops' names, not their shapes.
+# Compiled graphs of an earlier checkout would be taken for this one: their key holds the names of our ops, not shapes.
 os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 if not torch.cuda.is_available():
