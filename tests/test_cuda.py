@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,8 @@ from smartclip_kernels import backends, ops, reference, testing
 from smartclip_kernels.backends import cpu, cuda
 from smartclip_kernels.problem import Problem
 from smartclip_kernels.testing import check_loss, make_inputs
+from tests.emulator import build
+from tests.emulator.kernels import changed_kernels
 from tests.simulated import NOT_SIMULATED
 
 emulated = pytest.mark.skipif("cuda" not in sk.available_backends(), reason="no g++ to build the emulator with")
@@ -254,6 +257,39 @@ def test_products_of_float32_are_kept_where_they_fit(
     set_workspace(0.2)
     for name, value in testing.evaluate(inputs, testing.fused_loss("cuda")).values.items():
         assert (value - kept[name]).abs().max() <= 1e-5 * kept[name].abs().max(), name
+
+
+KEPT = """
+import torch
+from smartclip_kernels import backends
+from smartclip_kernels.problem import Problem
+from smartclip_kernels.testing import check_loss, make_inputs
+for similarity in ("dot", "masked_cosine"):
+    inputs = make_inputs(140, 261, 72, similarity=similarity, dtype=torch.bfloat16, ids=True, mask="soft")
+    problem = Problem(inputs.image, inputs.text, inputs.mask, torch.ones(()), workspace=1 << 22)
+    assert len(backends.load("cuda").kept_shape(problem)) == 3
+    check_loss(inputs, backend="cuda")
+print("kept")
+"""
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("family", cuda_ahead.FAMILIES)
+def test_products_of_half_precision_are_kept_where_that_is_switched_on(
+    family: str, tmp_path: Path, run_python: Any
+) -> None:
+    switch = "#define SK_KEEPS_HALF 0", "#define SK_KEEPS_HALF 1"
+    module = changed_kernels(tmp_path, f"{family}/config.h", *switch)
+    environment = {
+        "SMARTCLIP_CUDA_EMULATOR": str(module),
+        "SMARTCLIP_CUDA_ARCHITECTURE": cuda_ahead.FAMILIES[family],
+        "PYTHONPATH": str(build.ROOT),
+    }
+    for order in ("", "copies=earliest", "order=random,copies=random,seed=1"):
+        result = run_python(KEPT, SMARTCLIP_EMULATOR=order, **environment)
+        assert result.stdout == "kept\n", result.stderr[-2000:]
 
 
 @emulated

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import smartclip_kernels as sk
 from bench import cuda_ahead
 from tests.emulator import build
-from tests.emulator.kernels import kernels_module
+from tests.emulator.kernels import changed_kernels, family_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,20 +67,6 @@ image[::2] *= -1
 far = replace(inputs, image=image.bfloat16(), text=text.bfloat16(), logit_scale=torch.tensor(100.0))
 check_loss(far, backend="cuda")
 """
-
-
-def changed_kernels(tmp_path: Path, file: str, right: str, wrong: str, variant: build.Variant = "plain") -> Path:
-    """The bfloat16 kernels of one architecture, or of both, with one place of them changed."""
-    csrc = tmp_path / "csrc"
-    shutil.copytree(build.CSRC, csrc)
-    text = (csrc / "cuda" / file).read_text()
-    assert text.count(right) == 1, f"{file} has it {text.count(right)} times: {right}"
-    (csrc / "cuda" / file).write_text(text.replace(right, wrong))
-    return kernels_module(variant, csrc=csrc, elements=("bfloat16",), architectures=(family_of(file),))
-
-
-def family_of(file: str) -> str:
-    return "sm90" if file.startswith("sm90") else "sm80"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

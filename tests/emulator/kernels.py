@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,3 +32,17 @@ def kernels_module(
                 kernels.append((MODULE / "missing.cpp", find | {"SK_ARCHITECTURE": architecture}))
     sources = [*kernels, (cuda / "dispatch.cu", {"SK_SM90": "1"}), bindings / "cuda.cpp", MODULE / "module.cpp"]
     return build.build(sources, "_emulated", kind="module", variant=variant, includes=[bindings], csrc=csrc)
+
+
+def changed_kernels(folder: Path, file: str, right: str, wrong: str, variant: build.Variant = "plain") -> Path:
+    """The bfloat16 kernels of a file's architecture, with one place of it changed; the sources go into `folder`."""
+    csrc = folder / "csrc"
+    shutil.copytree(build.CSRC, csrc)
+    text = (csrc / "cuda" / file).read_text()
+    assert text.count(right) == 1, f"{file} has it {text.count(right)} times: {right}"
+    (csrc / "cuda" / file).write_text(text.replace(right, wrong))
+    return kernels_module(variant, csrc=csrc, elements=("bfloat16",), architectures=(family_of(file),))
+
+
+def family_of(file: str) -> str:
+    return "sm90" if file.startswith("sm90") else "sm80"
