@@ -149,7 +149,8 @@ def siglip_loss(
     Args:
         image, text, logit_scale, logit_bias, image_ids, text_ids, ignore_ids, dims, group, strategy, backend: as in
             `clip_loss`. With `group`, the mean divides by all ranks' images, and a rank's share are the pairs that it
-            scores: its own images with all texts (where images are fewer, or masked: all images with its own texts).
+            scores: its own images with all texts (where images are fewer, or masked: all images with its own texts);
+            the backward pass compares the incoming gradients of the ranks, for which a GPU is waited for.
         reduction: "mean" (divides by N), "sum" over all pairs, or "none": losses of the images (N,).
 
     Returns:

@@ -150,13 +150,13 @@ class GradientOf {
   const KnownFactors<Config, Similarity> factors_;
 };
 
-template <class Config, class Similarity, class Objective, class Passes>
+template <class Config, class Similarity, class Objective, bool kKept, class Passes>
 SK_DEVICE void consume_gradient(const Launched<Gradient, Passes>& p,
                                 BackwardShared<Config, Similarity, Objective>& shared) {
   using State = typename Objective::template State<float>;
   const int consumer = Warpgroup<Config>::index();
   auto& mine = shared.consumers[consumer];
-  for_tiles<Config, Passes>(
+  for_tiles<Config, Passes, kKept>(
       p, shared.pipeline, mine.at,
       [&](int first_column) {
         mine.ids.bring(p, first_column);
@@ -183,11 +183,11 @@ SK_DEVICE void consume_gradient(const Launched<Gradient, Passes>& p,
       });
 }
 
-template <class Config, class Similarity, class Objective, class Passes>
+template <class Config, class Similarity, class Objective, class Passes, bool kKept>
 SK_KERNEL(Config::kThreads, 1)
 gradient(SK_PARAMETER Launched<Gradient, Passes> p) {
-  run_block<Config, BackwardShared<Config, Similarity, Objective>>(p,
-                                                                   [&](auto& shared) { consume_gradient(p, shared); });
+  run_block<Config, BackwardShared<Config, Similarity, Objective>, kKept>(
+      p, [&](auto& shared) { consume_gradient<Config, Similarity, Objective, kKept>(p, shared); });
 }
 
 }  // namespace smartclip::cuda::sm90

@@ -26,22 +26,16 @@ struct WalkAt {
   int index[Config::kWarpgroup];
 };
 
-// Whether the sweep before kept the products.
-template <class Config, class Parameters>
-SK_DEVICE bool products_are_kept(const Parameters& p) {
-  return Config::kKeeps && std::is_base_of_v<Gradient, Parameters> && p.kept.matrix[0];
-}
-
 // What a warpgroup does: begin(first column), then a barrier; tile(place, fragment) of every tile of the walk, with its
-// products; end(walk, index), then a barrier.
-template <class Config, class Passes, class Parameters, class Begin, class OneTile, class End>
+// products; end(walk, index), then a barrier. kKept: the sweep before has left the products. That is a kernel of its
+// own: where anything else may write the sums of wgmma, the compiler lets no two of them overlap.
+template <class Config, class Passes, bool kKept = false, class Parameters, class Begin, class OneTile, class End>
 SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>& pipeline, WalkAt<Config>& at,
                          Begin begin, OneTile tile, End end) {
   const Walk& walk = at.walk;
   int& index = at.index[Warpgroup<Config>::thread()];
   Products<Config, Passes> products(p.tile, pipeline, Warpgroup<Config>::index());
-  const bool kept = products_are_kept<Config>(p);
-  if (!kept && Warpgroup<Config>::index() > 0) products.fall_behind();
+  if (!kKept && Warpgroup<Config>::index() > 0) products.fall_behind();
 #pragma unroll 1
   for (index = ptx::block_index(); index < Walk::count<Config>(p); index += p.blocks) {
     if (Warpgroup<Config>::thread() == 0) at.walk = Walk::of<Config>(p, index);
@@ -51,7 +45,7 @@ SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>
     for (int row_tile = walk.begin; row_tile < walk.end; ++row_tile) {
       const Place place{row_tile * Config::kBlockN, walk.column_tile * Config::kBlockM};
       Fragment<Config> fragment;
-      if (kept)
+      if constexpr (kKept)
         bring_kept(fragment, p, place);
       else
         products.multiply(fragment);
@@ -64,14 +58,14 @@ SK_DEVICE void for_tiles(const Launched<Parameters, Passes>& p, Pipeline<Config>
 }
 
 // What a block does: one warpgroup brings operands, and the others call consume(what their epilogues have).
-template <class Config, class Shared, class Passes, class Parameters, class Consume>
+template <class Config, class Shared, bool kKept = false, class Passes, class Parameters, class Consume>
 SK_DEVICE void run_block(const Launched<Parameters, Passes>& p, Consume consume) {
   auto& shared = ptx::shared_storage<Shared>();
   clear_count(p);
   shared.pipeline.start();
   if (Warpgroup<Config>::index() == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
-    if (!products_are_kept<Config>(p)) bring_operands<Config>(p, shared.pipeline);
+    if constexpr (!kKept) bring_operands<Config>(p, shared.pipeline);
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     consume(shared);

@@ -53,11 +53,15 @@ struct Of {
     else
       run<W, Forward<W>>("statistics", statistics<W, Similarity, Objective, Passes>, p, plan, stream);
   }
+  template <class C>
+  static void launch_gradient_of(const Gradient& p, const Plan& plan, Stream stream) {
+    if constexpr (C::kKeeps)
+      if (p.kept.matrix[0])
+        return run<C, Backward<C>>("gradient", gradient<C, Similarity, Objective, Passes, true>, p, plan, stream);
+    run<C, Backward<C>>("gradient", gradient<C, Similarity, Objective, Passes, false>, p, plan, stream);
+  }
   static void launch_gradient(const Gradient& p, const Plan& plan, Stream stream) {
-    if (plan.narrow)
-      run<N, Backward<N>>("gradient", gradient<N, Similarity, Objective, Passes>, p, plan, stream);
-    else
-      run<W, Backward<W>>("gradient", gradient<W, Similarity, Objective, Passes>, p, plan, stream);
+    plan.narrow ? launch_gradient_of<N>(p, plan, stream) : launch_gradient_of<W>(p, plan, stream);
   }
   static void launch_derivative(const Derivative& p, const Plan& plan, Stream stream) {
     if (plan.narrow)
