@@ -27,6 +27,7 @@ METHOD = Method(
     score_bytes=0.9,
     search_bytes=24.0,
 )  # fmt: skip
+MOST_PARTS = 64  # whose sums for scale and bias wait to be added up
 ROOM = {torch.float16: 64.0}
 """What the largest weight of a gradient becomes: float16 is precise from 2⁻¹⁴ up only, and ends at 2¹⁶."""
 NAN_KEY = 0x7FFFFFFF  # the upper half of a key whose score is NaN; the lower half counts candidates down from it
@@ -169,6 +170,8 @@ class DeviceLaunch(ABC):
         row_partials = self._partials(slots.of_rows, size(tile.rows)) if statistics else None
         self.run_gradient(tile, out, parameters, column_scores, row_partials)
         self._parameters.append(parameters)
+        if len(self._parameters) == MOST_PARTS:  # so that memory does not grow with their number
+            self._parameters = [self.parameter_sums().sum(0, keepdim=True)]
         self._add_column_scores(column_scores, tile)
         if row_partials is not None:
             self._gather(tile, row_partials, None)
