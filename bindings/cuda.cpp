@@ -268,6 +268,7 @@ class Launch {
 
 void define(py::module_& module) {
   using py::arg;
+  module.attr("ANCHORS_A_BLOCK") = kVectorThreads;  // of gather(): for so many there is a sum
   module.def(
       "resources",
       [](const std::string& architecture, const std::string& element, const std::string& similarity,

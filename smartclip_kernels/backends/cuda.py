@@ -29,7 +29,6 @@ HOPPER_ELEMENTS = ("bfloat16", "float16")
 OLDEST = (8, 0)
 _VECTORS = ("id", "ignore", "factor", "tau", "statistics", "loss", "weight", "anchor")
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-BLOCK_ANCHORS = 128  # what a block of `gather` and of `anchors` has
 REBUILD = "install the CUDA toolkit (nvcc) and install the package again"
 
 
@@ -126,7 +125,7 @@ class CudaLaunch(DeviceLaunch):
         if problem.reduction != "none" and row.loss is not None:
             sides = 2 if problem.traits.both_sides else 1
             self._reduced = self.scale.new_empty(()), self.scale.new_empty(sides)
-            blocks = sum(-(-side.size // BLOCK_ANCHORS) for side in (row, column)[:sides])
+            blocks = sum(-(-side.size // compiled().ANCHORS_A_BLOCK) for side in (row, column)[:sides])
             self._sums = self.scale.new_empty(blocks, 2, dtype=torch.float64)
             arrived = self._arrived = self.scale.new_empty((), dtype=torch.int32)
         with self.on_device():
