@@ -52,6 +52,7 @@ Side<T> side_of(const py::dict& from) {
   side.statistics = pointer<T>(address_of(from, "statistics"), "statistics");
   side.loss = pointer<T>(address_of(from, "loss"), "loss");
   side.tau = pointer<const T>(address_of(from, "tau"), "tau");
+  side.ceiling = pointer<const T>(address_of(from, "ceiling"), "ceiling");
   side.weight = pointer<const T>(address_of(from, "weight"), "weight");
   side.anchor = pointer<T>(address_of(from, "anchor"), "anchor");
   side.score_gradient = pointer<T>(address_of(from, "score_gradient"), "score_gradient");
@@ -66,6 +67,7 @@ Problem<T> problem_of(const py::dict& row, const py::dict& column, uintptr_t sca
   problem.column = side_of<T>(column);
   if (factors && !(problem.row.factor && problem.column.factor)) refuse("factor is null");
   if (!problem.row.ignore != !problem.column.ignore) refuse("ignore is given for one side only");
+  if (!problem.row.ceiling != !problem.column.ceiling) refuse("ceiling is given for one side only");
   problem.scale = required<const T>(scale, "scale");
   problem.bias = pointer<const T>(bias, "bias");
   problem.label_smoothing = static_cast<T>(label_smoothing);

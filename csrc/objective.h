@@ -4,7 +4,7 @@
 //   State<V>   what a sweep accumulates of one anchor, in kStatistics numbers: add() a logit, merge() another state
 //   loss       of an anchor, from its statistics and target; is_anchor: whether it counts in their mean
 //   anchor     from these and a weight (the gradient of the anchor's loss) to the kAnchor numbers that G needs
-//   gradient   G of a pair, from its logit and both anchors
+//   gradient   G of a pair, from its logit and both anchors; it may count for one of them alone
 // Nearly all candidates are not positive. Of those a sweep may do many at once:
 //   Others<V>  their sum, of at most kMost; with a shift that none of the logits exceeds, where the objective kShifts
 //   State::of_others  the state of `count` of them, from that sum
@@ -141,8 +141,8 @@ struct Softmax {
   // Without tau:
   // u_i e^{s - r_i} + v_j e^{s - c_j} - (1 - e) [positive] (u_i / |P(i)| + v_j / |P(j)|) - e (u_i / M + v_j / N)
   template <class V, class M>
-  SK_HOST_DEVICE static V gradient(V logit, const V* row, const V* column, M positive, M candidate) {
-    return select(candidate, part(logit, row, positive) + part(logit, column, positive), V(0));
+  SK_HOST_DEVICE static V gradient(V logit, const V* row, const V* column, M positive, M for_row, M for_column) {
+    return select(for_row, part(logit, row, positive), V(0)) + select(for_column, part(logit, column, positive), V(0));
   }
 
   template <class V>
@@ -233,9 +233,9 @@ struct Sigmoid {
 
   // -z sigmoid(t), t = -z s
   template <class V, class M>
-  SK_HOST_DEVICE static V gradient(V logit, const V* row, const V*, M positive, M candidate) {
+  SK_HOST_DEVICE static V gradient(V logit, const V* row, const V*, M positive, M for_row, M) {
     const V slope = other_slope(select(positive, -logit, logit), V(0));
-    return select(candidate, select(positive, -slope, slope) * row[0], V(0));
+    return select(for_row, select(positive, -slope, slope) * row[0], V(0));
   }
 
   template <class V>

@@ -39,11 +39,14 @@ struct Side {
   T* statistics = nullptr;          // Objective::kStatistics planes, filled by the forward sweep
   T* loss = nullptr;                // of every anchor
   const T* tau = nullptr;           // of every anchor; null: 0
+  const T* ceiling = nullptr;       // of every anchor: a logit above which only positives count for it; null: none
   const T* weight = nullptr;        // of every anchor: the gradient of its loss
   T* anchor = nullptr;              // Objective::kAnchor planes: what G needs of an anchor
   T* score_gradient = nullptr;      // sum of dL/dsim * sim over the other side; null where nobody needs it
 
   SK_HOST_DEVICE int32_t id_of(int64_t index) const { return id ? id[index] : static_cast<int32_t>(index); }
+  // A NaN is not above.
+  SK_HOST_DEVICE bool is_above(int64_t index, T logit) const { return ceiling && logit > ceiling[index]; }
   SK_HOST_DEVICE Target<T> target_of(int64_t index, T smoothing, const T* scale, const T* bias) const {
     if (!tau) return {smoothing, T(0), T(0)};
     return {smoothing, tau[index], (bias ? *bias : T(0)) - *scale};

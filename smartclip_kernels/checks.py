@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,20 +127,40 @@ def problem(
         raise ValueError(f"label_smoothing: got {label_smoothing}, needs 0 with the {objective} objective")
 
 
-def tau(pair: Sequence[Tensor | None], image: Tensor, text: Tensor, objective: str) -> None:
-    """Both or neither, image's and text's: a number a row."""
-    if all(x is None for x in pair):
-        return
-    if not OBJECTIVES[objective].both_sides:
-        raise ValueError(f"tau_plus: got numbers above 0, needs 0 with the {objective} objective")
+def correction(numbers: Sequence[Tensor | None], image: Tensor, text: Tensor, objective: str) -> None:
+    """Of each kind both or neither, image's and text's: a number a row."""
+    for name, some, none, pair in (
+        ("tau_plus", "numbers above 0", "0", numbers[:2]),
+        ("margin", "ceilings", "None", numbers[2:]),
+    ):
+        if all(x is None for x in pair):
+            continue
+        if not OBJECTIVES[objective].both_sides:
+            raise ValueError(f"{name}: got {some}, needs {none} with the {objective} objective")
+        anchors(name, pair, image, text)
+
+
+def anchors(name: str, pair: Sequence[Tensor | None], image: Tensor, text: Tensor) -> None:
+    """Image's and text's: a number a row."""
     for i, (x, side) in enumerate(zip(pair, (image, text), strict=True)):
-        tensor(f"tau_plus[{i}]", x)
+        tensor(f"{name}[{i}]", x)
         assert x is not None
         if x.dtype not in FLOATING:
-            raise TypeError(f"tau_plus[{i}]: got dtype {x.dtype}, needs a floating dtype")
+            raise TypeError(f"{name}[{i}]: got dtype {x.dtype}, needs a floating dtype")
         if x.shape != side.shape[:1]:
-            raise ValueError(f"tau_plus[{i}]: got shape {shape(x)}, needs ({side.shape[0]},), a number a row")
-        same_device(f"tau_plus[{i}]", x, image)
+            raise ValueError(f"{name}[{i}]: got shape {shape(x)}, needs ({side.shape[0]},), a number a row")
+        same_device(f"{name}[{i}]", x, image)
+
+
+def margin(value: object, objective: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"margin: got {type(value).__name__}, needs a float or None")
+    if not math.isfinite(value):
+        raise ValueError(f"margin: got {value}, needs a finite number or None")
+    if not OBJECTIVES[objective].both_sides:
+        raise ValueError(f"margin: got {value}, needs None with the {objective} objective")
 
 
 def directions(value: object, objective: str) -> None:

@@ -28,6 +28,7 @@ class Side:
         self.ignore: Tensor | None = None
         self.factor: Tensor | None = None
         self.tau: Tensor | None = None
+        self.ceiling: Tensor | None = None
         self.statistics: Tensor | None = None
         self.loss: Tensor | None = None
         self.weight: Tensor | None = None
@@ -181,14 +182,21 @@ class TiledBackend:
     def retrieval_ranks(self, problem: Problem, per_text: bool) -> Tensor:
         """Two sweeps over the same tiles, so that a score is the same number in both: best positives, then ranks."""
         launch, tiles = self._retrieval(problem, per_text)
-        best = problem.scale.new_empty(tiles.sizes[0])
-        index = torch.empty_like(best, dtype=torch.int64)
+        best, index = self._best_positive(launch, tiles)
         ranks = torch.empty_like(index)
-        for tile in tiles.scores():
-            launch.best_positive(tile, best, index)
         for tile in tiles.scores():
             launch.rank(tile, best, index, ranks)
         return ranks
+
+    def best_positive(self, problem: Problem, per_text: bool) -> Tensor:
+        return self._best_positive(*self._retrieval(problem, per_text))[0]
+
+    def _best_positive(self, launch: Launch, tiles: Tiles) -> tuple[Tensor, Tensor]:
+        best = tiles.problem.scale.new_empty(tiles.sizes[0])
+        index = torch.empty_like(best, dtype=torch.int64)
+        for tile in tiles.scores():
+            launch.best_positive(tile, best, index)
+        return best, index
 
     def _retrieval(self, problem: Problem, swapped: bool) -> tuple[Launch, Tiles]:
         """Anchors are the rows, so for texts the sides are swapped."""
@@ -209,8 +217,9 @@ class TiledBackend:
             row.id, column.id = diagonal[: problem.n], diagonal[: problem.m]
         if problem.image_ignore is not None and problem.text_ignore is not None:
             row.ignore, column.ignore = ranks_of_ids(problem.image_ignore, problem.text_ignore)
-        if problem.image_tau is not None and problem.text_tau is not None:
-            row.tau, column.tau = problem.image_tau.contiguous(), problem.text_tau.contiguous()
+        row.tau, column.tau, row.ceiling, column.ceiling = (
+            None if x is None else x.contiguous() for x in problem.correction
+        )
         return operands, row, column
 
     def _tiles(

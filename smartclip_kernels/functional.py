@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from smartclip_kernels import checks, distributed, ops
 from smartclip_kernels.backends import check_name
-from smartclip_kernels.problem import LossCall
+from smartclip_kernels.ceilings import with_ceilings
+from smartclip_kernels.problem import Correction, LossCall
 from smartclip_kernels.reference import OBJECTIVES, asked_for, compute_dtype, shares_of, tau_vectors
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def clip_loss(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
     tau_plus: TauPlus = 0.0,
+    margin: float | None = None,
     directions: Sequence[Direction] = BOTH,
     dims: Sequence[int] | None = None,
     reduction: Reduction = "mean",
@@ -69,6 +71,12 @@ def clip_loss(
             candidates, and none to logit_scale through it. A float, or a pair of floating tensors, the images' τ (N,)
             and the texts' (M,): constants, rounded to the precision of the scores; that theirs are in [0, 1) is not
             looked at. Where τ is 0 nothing is corrected.
+        margin: false negatives are masked (Qwen3-Embedding, Zhang et al. 2025, arXiv 2506.05176, where it is 0.1):
+            what is not positive and has a similarity above that of the anchor's best positive by more than this does
+            not count for that anchor; it still may for the other one of the pair. A float, for a positive logit_scale;
+            a pair within rounding of the bound may fall on either side of it. The bound is a constant, no gradient
+            goes through it. Costs N·D; with ids two more sweeps over the scores, in which an anchor's best positive is
+            looked for (2·N·M·D each, where loss and gradients take 6 or 8). None masks nothing.
         directions: whose losses count: images' among texts, texts' among images, or both, half each. Of one alone the
             loss is that side's mean or sum, without the ½.
         dims: Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147): strictly increasing widths, none above D.
@@ -121,6 +129,7 @@ def clip_loss(
         group,
         strategy,
         tau_plus=tau_plus,
+        margin=margin,
         directions=directions,
         dims=dims,
     )
@@ -192,6 +201,7 @@ def smartclip_loss(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
     tau_plus: TauPlus = 0.0,
+    margin: float | None = None,
     directions: Sequence[Direction] = BOTH,
     reduction: Reduction = "mean",
     group: ProcessGroup | None = None,
@@ -207,8 +217,8 @@ def smartclip_loss(
         mask: (M, D), the text's mask over the image's dimensions: bool, hard (0 or 1) or soft ([0, 1]), in any floating
             dtype. Gradients flow to a floating mask.
         objective: "softmax" (`clip_loss`) or "sigmoid" (`siglip_loss`); the other arguments and the result are theirs.
-            The sigmoid takes no label_smoothing, no tau_plus and no single direction. With `group` images go to the
-            other ranks, or, with more than twice as many images, texts and their masks.
+            The sigmoid takes no label_smoothing, tau_plus or margin, and no single direction. With `group` images go to
+            the other ranks, or, with more than twice as many images, texts and their masks.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `clip_loss`.
@@ -230,6 +240,7 @@ def smartclip_loss(
         group,
         strategy,
         tau_plus=tau_plus,
+        margin=margin,
         directions=directions,
     )
 
@@ -333,6 +344,7 @@ def contrastive_loss(
     semantics: distributed.Semantics = distributed.EXACT,
     *,
     tau_plus: TauPlus = 0.0,
+    margin: float | None = None,
     directions: Sequence[Direction] = BOTH,
     dims: Sequence[int] | None = None,
 ) -> Any:
@@ -352,6 +364,7 @@ def contrastive_loss(
         reduction,
         backend,
         tau_plus,
+        margin,
         directions,
         dims,
     )
@@ -385,6 +398,7 @@ def _arguments(
     reduction: str,
     backend: str | None,
     tau_plus: TauPlus,
+    margin: float | None,
     directions: Sequence[Direction],
     dims: Sequence[int] | None,
     level: int,
@@ -399,6 +413,7 @@ def _arguments(
     checks.choice("objective", objective, tuple(OBJECTIVES))
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.directions(directions, objective)
+    checks.margin(margin, objective)
     ignore = checks.id_arguments(image_ids, text_ids, ignore_ids)
     scale = _scalar("logit_scale", logit_scale, image)
     bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, image)
@@ -406,7 +421,8 @@ def _arguments(
         raise TypeError(f"label_smoothing: got {type(label_smoothing).__name__}, needs a float")
     constants = objective, float(label_smoothing), _backend(backend), 0
     arguments = image, text, mask, scale, bias, image_ids, text_ids, *ignore, *constants
-    return LossCall(arguments, reduction, shares_of(directions), _tau(tau_plus, image, text))
+    correction = Correction(*_tau(tau_plus, image, text))
+    return LossCall(arguments, reduction, shares_of(directions), correction, None if margin is None else float(margin))
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -415,9 +431,10 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 def _one_process(call: LossCall) -> Any:
+    correction = with_ceilings(call)
     if call.reduction != "none":
-        return torch.ops.smartclip.reduced_loss(*call.arguments, call.reduction, call.shares, *call.tau)
-    rows, columns, *_ = torch.ops.smartclip.loss(*call.arguments, *call.tau)
+        return torch.ops.smartclip.reduced_loss(*call.arguments, call.reduction, call.shares, *correction)
+    rows, columns, *_ = torch.ops.smartclip.loss(*call.arguments, *correction)
     return asked_for(rows, columns, call.arguments[9], call.shares)
 
 
@@ -428,7 +445,7 @@ def _tau(tau_plus: TauPlus, image: Tensor, text: Tensor) -> tuple[Tensor | None,
             raise ValueError(f"tau_plus: got {len(tau_plus)} tensors, needs a float or a pair (image's, text's)")
         for i, x in enumerate(tau_plus):
             checks.tensor(f"tau_plus[{i}]", x)
-        checks.tau(tau_plus, image, text, "softmax")
+        checks.anchors("tau_plus", tau_plus, image, text)
     elif isinstance(tau_plus, bool) or not isinstance(tau_plus, (int, float)):
         raise TypeError(f"tau_plus: got {type(tau_plus).__name__}, needs a float or a pair of tensors")
     elif not 0 <= tau_plus < 1:

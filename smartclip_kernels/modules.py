@@ -76,7 +76,7 @@ class ClipLoss(_Distributed):
             whole batch; with it each its share, whose mean over ranks that is.
         cache_labels, use_horovod: accepted; there are no labels to cache, and torch.distributed is what is used.
         rank, world_size: of this process in the group.
-        label_smoothing, tau_plus, directions, backend: as in `clip_loss`.
+        label_smoothing, tau_plus, margin, directions, backend: as in `clip_loss`.
         group: default with a world_size above 1: all of torch.distributed's. With a world_size of 1 the flags say
             nothing: it is `clip_loss` over that group, exact.
         strategy: as in `clip_loss`.
@@ -93,6 +93,7 @@ class ClipLoss(_Distributed):
         *,
         label_smoothing: float = 0.0,
         tau_plus: TauPlus = 0.0,
+        margin: float | None = None,
         directions: Sequence[Direction] = BOTH,
         group: ProcessGroup | None = None,
         strategy: Strategy = "gather",
@@ -105,6 +106,7 @@ class ClipLoss(_Distributed):
         self.use_horovod = use_horovod
         self.label_smoothing = label_smoothing
         self.tau_plus = tau_plus
+        self.margin = margin
         self.directions = directions
 
     def forward(
@@ -137,6 +139,7 @@ class ClipLoss(_Distributed):
             self.strategy,
             self._semantics(),
             tau_plus=self.tau_plus,
+            margin=self.margin,
             directions=self.directions,
         )
         return {"contrastive_loss": loss} if output_dict else loss
@@ -218,7 +221,7 @@ class SmartClipLoss(_Distributed):
     Args:
         objective: "softmax" or "sigmoid".
         sparsity_weight: what a mask of ones adds to the loss. Not negative.
-        label_smoothing, tau_plus, directions, backend, strategy: as in `smartclip_loss`.
+        label_smoothing, tau_plus, margin, directions, backend, strategy: as in `smartclip_loss`.
         rank, world_size: of this process in the group.
         group: default with a world_size above 1: all of torch.distributed's. Both terms are then over all ranks' texts,
             and a rank returns the number of ranks × its share, as `clip_loss` says.
@@ -231,6 +234,7 @@ class SmartClipLoss(_Distributed):
         *,
         label_smoothing: float = 0.0,
         tau_plus: TauPlus = 0.0,
+        margin: float | None = None,
         directions: Sequence[Direction] = BOTH,
         rank: int = 0,
         world_size: int = 1,
@@ -246,6 +250,7 @@ class SmartClipLoss(_Distributed):
         self.sparsity_weight = sparsity_weight
         self.label_smoothing = label_smoothing
         self.tau_plus = tau_plus
+        self.margin = margin
         self.directions = directions
 
     def forward(
@@ -279,6 +284,7 @@ class SmartClipLoss(_Distributed):
             ignore_ids=ignore_ids,
             label_smoothing=self.label_smoothing,
             tau_plus=self.tau_plus,
+            margin=self.margin,
             directions=self.directions,
             group=group,
             strategy=self.strategy,

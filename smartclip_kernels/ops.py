@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smartclip_kernels import backends, checks
-from smartclip_kernels.problem import Needs, Problem, empty_gradients
+from smartclip_kernels.problem import Correction, Needs, Problem, empty_gradients
 from smartclip_kernels.reference import OBJECTIVES, SYMMETRIC, compute_dtype
 
 _library = torch.library.Library("smartclip", "DEF")
@@ -26,16 +26,17 @@ _LOSS = (
     "Tensor? image_ignore, Tensor? text_ignore, str objective, float label_smoothing, str backend, int workspace"
 )
 _REDUCTION = "str reduction, float[] shares=[0.5, 0.5]"
-_TAU = "Tensor? image_tau=None, Tensor? text_tau=None"
+_CORRECTION = ", ".join(f"Tensor? {name}=None" for name in Correction._fields)
+_RETRIEVAL = "Tensor image, Tensor text, Tensor? mask, Tensor? image_ids, Tensor? text_ids, str per, str backend"
 _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_scale, Tensor grad_bias"
 
 _SCHEMAS = {
-    "loss": f"({_LOSS}, {_TAU}) -> (Tensor rows, Tensor columns, Tensor row_statistics, Tensor column_statistics, "
-    "Tensor kept)",
+    "loss": f"({_LOSS}, {_CORRECTION}) -> (Tensor rows, Tensor columns, Tensor row_statistics, "
+    "Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False, {_TAU}) -> ({_GRADS})",
-    "reduced_loss": f"({_LOSS}, {_REDUCTION}, {_TAU}) -> Tensor",
-    "loss_forward": f"({_LOSS}, {_REDUCTION}, {_TAU}) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False, {_CORRECTION}) -> ({_GRADS})",
+    "reduced_loss": f"({_LOSS}, {_REDUCTION}, {_CORRECTION}) -> Tensor",
+    "loss_forward": f"({_LOSS}, {_REDUCTION}, {_CORRECTION}) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
     "Tensor column_statistics, Tensor kept)",
     "loss_one_sweep": f"({_LOSS}, bool[] needs, str reduction='sum') -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
@@ -43,8 +44,8 @@ _SCHEMAS = {
     "bool[] needs) -> (Tensor grad_image, Tensor grad_text, Tensor grad_mask)",
     "masked_topk": "(Tensor image, Tensor text, Tensor mask, int k, str per, str backend) "
     "-> (Tensor values, Tensor indices)",
-    "retrieval_ranks": "(Tensor image, Tensor text, Tensor? mask, Tensor? image_ids, Tensor? text_ids, str per, "
-    "str backend) -> Tensor",
+    "best_positive": f"({_RETRIEVAL}) -> Tensor",
+    "retrieval_ranks": f"({_RETRIEVAL}) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
@@ -85,12 +86,13 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _problem(*loss_arguments: Any) -> Problem:
     """A checked problem, and the workspace that its backend gets."""
-    *arguments, _, workspace, image_tau, text_tau = loss_arguments
+    *arguments, _, workspace = loss_arguments[:13]
+    correction = Correction(*loss_arguments[13:])
     checks.problem(*arguments)
     problem = Problem(*arguments)
-    checks.tau((image_tau, text_tau), problem.image, problem.text, problem.objective)
+    checks.correction(correction, problem.image, problem.text, problem.objective)
     workspace = workspace or backends.workspace_bytes(problem.image.device)
-    return problem._replace(workspace=workspace, image_tau=image_tau, text_tau=text_tau)
+    return problem._replace(workspace=workspace, correction=correction)
 
 
 def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Problem:
@@ -128,8 +130,8 @@ def _loss_backward(
 
 def _split_backward(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool], bool]:
     """Those of the loss, `needs` and `unrounded`."""
-    needs, unrounded, *tau = arguments[13:]
-    return (*arguments[:13], *tau), needs, unrounded
+    needs, unrounded, *correction = arguments[13:]
+    return (*arguments[:13], *correction), needs, unrounded
 
 
 @_implement("reduced_loss")
@@ -146,9 +148,9 @@ def _loss_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced_problem(*arguments: Any) -> Problem:
-    reduction, shares, *tau = arguments[13:]
+    reduction, shares, *correction = arguments[13:]
     checks.choice("reduction", reduction, ("sum", "mean"))
-    return _problem(*arguments[:13], *tau)._replace(reduction=reduction, shares=shares)
+    return _problem(*arguments[:13], *correction)._replace(reduction=reduction, shares=shares)
 
 
 @_implement("loss_one_sweep")
@@ -158,7 +160,7 @@ def _loss_one_sweep(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _one_sweep_problem(*arguments: Any) -> Problem:
-    problem = _reduced_problem(*arguments[:13], arguments[14], SYMMETRIC, None, None)
+    problem = _reduced_problem(*arguments[:13], arguments[14], SYMMETRIC)
     if OBJECTIVES[problem.objective].needs_statistics:
         raise ValueError(f"objective: got {problem.objective!r}, needs one whose gradient takes no statistics")
     return problem
@@ -182,6 +184,20 @@ def _masked_topk(image: Tensor, text: Tensor, mask: Tensor, k: int, per: str, ba
     problem = _similarity_problem(image, text, mask)
     _check_topk(k, per)
     return backends.resolve(backend, image.device).masked_topk(problem, k, per == "text")
+
+
+@_implement("best_positive")
+def _best_positive(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    per: str,
+    backend: str,
+) -> Tensor:
+    problem = _ranks_problem(image, text, mask, image_ids, text_ids, per)
+    return backends.resolve(backend, image.device).best_positive(problem, per == "text")
 
 
 @_implement("retrieval_ranks")
@@ -295,6 +311,20 @@ def _masked_topk_fake(
     return values, torch.empty_like(values, dtype=torch.int64)
 
 
+@_fake("best_positive")
+def _best_positive_fake(
+    image: Tensor,
+    text: Tensor,
+    mask: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    per: str,
+    backend: str,
+) -> Tensor:
+    problem = _ranks_problem(image, text, mask, image_ids, text_ids, per)
+    return problem.scale.new_empty(problem.m if per == "text" else problem.n)
+
+
 @_fake("retrieval_ranks")
 def _retrieval_ranks_fake(
     image: Tensor,
@@ -354,10 +384,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        image_tau, text_tau, *saved = ctx.saved_tensors
-        constants = *ctx.constants, needs, False, image_tau, text_tau
-        grads = _ops.loss_backward(grad_rows, grad_columns, *saved, *constants)
-        return (None, *_or_none(grads, needs), *([None] * 10))
+        correction, saved = Correction(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
+        grads = _ops.loss_backward(grad_rows, grad_columns, *saved, *ctx.constants, needs, False, *correction)
+        return (None, *_or_none(grads, needs), *([None] * 12))
 
 
 class _ReducedLoss(torch.autograd.Function):
@@ -373,12 +402,12 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        image_tau, text_tau, weights, *saved = ctx.saved_tensors
+        correction, (weights, *saved) = Correction(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
         # Expanded, not copied: a backend can tell that they are all the same.
         of_side = (*(weights * grad_loss).unbind(), grad_loss)  # columns that are no anchors take none of it
         expanded = (weight.expand(x.shape[1]) for weight, x in zip(of_side, saved[:2], strict=False))
-        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False, image_tau, text_tau)
-        return (None, *_or_none(grads, needs), *([None] * 12))
+        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False, *correction)
+        return (None, *_or_none(grads, needs), *([None] * 14))
 
 
 class _ReducedLossOneSweep(torch.autograd.Function):
@@ -386,7 +415,7 @@ class _ReducedLossOneSweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        checks.tau(arguments[15:], arguments[0], arguments[1], arguments[9])
+        checks.correction(Correction(*arguments[15:]), arguments[0], arguments[1], arguments[9])
         ctx.save_for_backward(*arguments[:9])
         ctx.constants = (*arguments[9:13], list(ctx.needs_input_grad[1:6]), arguments[13])
         loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments[:9], *ctx.constants)
@@ -407,7 +436,7 @@ class _ReducedLossOneSweep(torch.autograd.Function):
                 for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
             )
         scaled = first_order(scaled, (grad_loss, *ctx.saved_tensors))
-        return (None, *_or_none(scaled, needs), *([None] * 12))
+        return (None, *_or_none(scaled, needs), *([None] * 14))
 
 
 class _MaskedSimilarity(torch.autograd.Function):
@@ -476,6 +505,7 @@ def _without_gradient(name: str) -> None:
 
 
 _without_gradient("masked_topk")
+_without_gradient("best_positive")
 _without_gradient("retrieval_ranks")
 _without_gradient("loss_forward")
 _with_first_order("loss_backward")
@@ -509,6 +539,7 @@ def _with_autocast(name: str, key: str) -> None:
     _library.impl(name, kernel, key)
 
 
-for _op in ("loss", "reduced_loss", "loss_one_sweep", "masked_similarity", "masked_topk", "retrieval_ranks"):
+_LOSSES = ("loss", "reduced_loss", "loss_one_sweep")
+for _op in (*_LOSSES, "masked_similarity", "masked_topk", "best_positive", "retrieval_ranks"):
     _with_autocast(_op, "AutocastCPU")
     _with_autocast(_op, "AutocastCUDA")

@@ -23,6 +23,16 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class Correction(NamedTuple):
+    """How anchors' negatives are corrected: a number each, (N,) of images and (M,) of texts, constants in the precision
+    of the scores; both sides' or neither's."""
+
+    image_tau: Tensor | None = None  # debiased negatives
+    text_tau: Tensor | None = None
+    image_ceiling: Tensor | None = None  # a logit above which what is not positive does not count for the anchor
+    text_ceiling: Tensor | None = None
+
+
 class Problem(NamedTuple):
     """One batch, checked. Without a mask the similarity is the dot product."""
 
@@ -40,8 +50,7 @@ class Problem(NamedTuple):
     workspace: int = 0  # bytes
     reduction: str = "none"  # or "sum" or "mean", to one number
     shares: Sequence[float] = SYMMETRIC  # of the rows' and of the columns' losses in it, where both have them
-    image_tau: Tensor | None = None  # (N,), in the precision of the scores: debiased negatives
-    text_tau: Tensor | None = None
+    correction: Correction = Correction()
 
     @property
     def n(self) -> int:
@@ -80,7 +89,8 @@ class LossCall(NamedTuple):
     arguments: tuple[Any, ...]  # those that all loss ops begin with
     reduction: str
     shares: tuple[float, float]
-    tau: tuple[Tensor | None, Tensor | None]
+    correction: Correction  # without ceilings: those are made of the margin
+    margin: float | None
 
 
 class Backend(Protocol):
@@ -121,6 +131,9 @@ class Backend(Protocol):
     def masked_similarity_backward(self, problem: Problem, grad_sim: Tensor, needs: Needs) -> Tensors: ...
 
     def masked_topk(self, problem: Problem, k: int, per_text: bool) -> tuple[Tensor, Tensor]: ...
+
+    def best_positive(self, problem: Problem, per_text: bool) -> Tensor:
+        """Of every text, or every image: the largest similarity of a positive, NaN before all; −∞ without one."""
 
     def retrieval_ranks(self, problem: Problem, per_text: bool) -> Tensor: ...
 

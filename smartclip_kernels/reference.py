@@ -75,6 +75,18 @@ def similarity(image: Tensor, text: Tensor, mask: Tensor | None = None) -> Tenso
     return torch.where(undefined, 0, product / norm)
 
 
+def paired_similarity(image: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(N,): `similarity` of row i with row i alone."""
+    dtype = compute_dtype(image.dtype)
+    image, text = image.to(dtype), text.to(dtype)
+    if mask is None:
+        return (image * text).sum(1)
+    image = image * mask.to(dtype)
+    norms = torch.linalg.vector_norm(image, dim=1), torch.linalg.vector_norm(text, dim=1)
+    undefined = (norms[0] <= MIN_IMAGE_NORM) | (norms[1] <= MIN_TEXT_NORM)
+    return torch.where(undefined, 0, (image * text).sum(1) / torch.where(undefined, 1, norms[0] * norms[1]))
+
+
 def literal_masked_similarity(image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """cos(image_i ⊙ mask_j, text_j) as the paper writes it, with its N×M×D intermediate; for tests and benchmarks."""
     return F.cosine_similarity(image[:, None, :] * mask[None, :, :], text[None, :, :], dim=-1, eps=1e-8)
@@ -92,6 +104,24 @@ def candidate_pairs(positive: Tensor, image_ignore: Tensor | None, text_ignore: 
     if image_ignore is None or text_ignore is None:
         return torch.ones_like(positive)
     return positive | (image_ignore[:, None] != text_ignore[None, :])
+
+
+def ceiling_vectors(
+    margin: tuple[Tensor, Tensor] | float | None, logits: Tensor, positive: Tensor, scale: Tensor | float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of all rows and all columns, constants: their best positive's logit plus α times the margin; without one, ∞."""
+    if margin is None or isinstance(margin, (tuple, list)):
+        return (None, None) if margin is None else (margin[0], margin[1])
+    best = torch.where(positive, logits, -torch.inf).detach()
+    above = margin * torch.as_tensor(scale, dtype=logits.dtype, device=logits.device).detach()
+    rows, columns = (torch.where(positive.any(side), best.amax(side) + above, torch.inf) for side in (1, 0))
+    return rows, columns
+
+
+def below_ceiling(logits: Tensor, positive: Tensor, candidate: Tensor, ceiling: Tensor | None) -> Tensor:
+    """(N, M) bool: which pairs count for their rows. Above a row's ceiling only its positives do."""
+    # "Is not above": a NaN compares false and must stay visible.
+    return candidate if ceiling is None else candidate & (positive | ~(logits > ceiling[:, None]))
 
 
 def others_advantage(logits: Tensor, positive: Tensor, candidate: Tensor) -> Tensor:
@@ -174,8 +204,12 @@ def anchor_losses(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
     tau_plus: tuple[Tensor, Tensor] | float = 0.0,
+    margin: tuple[Tensor, Tensor] | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses of rows (N,) and columns (M,), and how many positives each has. A sigmoid's columns have no loss: (0,)."""
+    """Losses of rows (N,) and columns (M,), and how many positives each has. A sigmoid's columns have no loss: (0,).
+
+    `margin`: a number, or what `ceiling_vectors` makes of it.
+    """
     logits = similarity(image, text, mask) * scale
     if bias is not None:
         logits = logits + bias
@@ -186,8 +220,11 @@ def anchor_losses(
     else:
         of_rows, of_columns = tau_vectors(tau_plus, *logits.shape, like=logits)
         least = least_logits(scale, bias, logits)
-        rows = softmax_losses(logits, positive, candidate, label_smoothing, of_rows, least)
-        columns = softmax_losses(logits.T, positive.T, candidate.T, label_smoothing, of_columns, least.T)
+        row_ceiling, column_ceiling = ceiling_vectors(margin, logits, positive, scale)
+        counts = below_ceiling(logits, positive, candidate, row_ceiling)
+        rows = softmax_losses(logits, positive, counts, label_smoothing, of_rows, least)
+        counts = below_ceiling(logits.T, positive.T, candidate.T, column_ceiling)
+        columns = softmax_losses(logits.T, positive.T, counts, label_smoothing, of_columns, least.T)
     return rows, columns, positive.sum(1).to(logits.dtype), positive.sum(0).to(logits.dtype)
 
 
@@ -274,6 +311,7 @@ def loss(
     ignore_ids: tuple[Tensor, Tensor] | None = None,
     label_smoothing: float = 0.0,
     tau_plus: tuple[Tensor, Tensor] | float = 0.0,
+    margin: float | None = None,
     directions: Sequence[str] = DIRECTIONS,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The whole loss by definition; `clip_loss`, `siglip_loss` and `smartclip_loss` must equal it."""
@@ -289,6 +327,7 @@ def loss(
         ignore_ids=ignore_ids,
         label_smoothing=label_smoothing,
         tau_plus=tau_plus,
+        margin=margin,
     )
     return reduce(*terms, objective=objective, reduction=reduction, shares=shares_of(directions))
 

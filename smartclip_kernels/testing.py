@@ -63,6 +63,7 @@ class Inputs:
     ignore_ids: tuple[Tensor, Tensor] | None = None
     label_smoothing: float = 0.0
     tau_plus: tuple[Tensor, Tensor] | float = 0.0
+    margin: float | None = None  # see `clear_margin`
     directions: tuple[str, ...] = reference.DIRECTIONS
     wanted: tuple[str, ...] = DIFFERENTIABLE
 
@@ -161,6 +162,19 @@ def make_inputs(
     )
 
 
+def clear_margin(inputs: Inputs, near: float, within: float = 0.02) -> Inputs:
+    """With the margin near a number that the fewest roundings decide: in the middle of a gap between pairs' own."""
+    exact = inputs.to(torch.float64)
+    sim = reference.similarity(exact.image, exact.text, exact.mask)
+    positive = reference.positive_pairs(exact.image, exact.text, exact.image_ids, exact.text_ids)
+    best = torch.where(positive, sim, -torch.inf)
+    over = torch.cat([(sim - best.amax(side, keepdim=True))[~positive] for side in (1, 0)])
+    over = over[(over - near).abs() <= within]
+    steps = torch.cat([over, over.new_tensor([near - within, near + within])]).sort().values
+    widest = int(steps.diff().argmax())
+    return replace(inputs, margin=float(steps[widest] + steps[widest + 1]) / 2)
+
+
 def fused_loss(backend: str | None = None) -> Loss:
     """The library's own loss for given inputs: `clip_loss`, `siglip_loss` or `smartclip_loss` on `backend`."""
     from smartclip_kernels import functional
@@ -168,7 +182,7 @@ def fused_loss(backend: str | None = None) -> Loss:
     def call(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
         common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
         common |= {"reduction": reduction, "backend": backend}
-        of_softmax: dict[str, Any] = {"tau_plus": x.tau_plus, "directions": x.directions}
+        of_softmax: dict[str, Any] = {"tau_plus": x.tau_plus, "margin": x.margin, "directions": x.directions}
         if x.mask is not None:
             return functional.smartclip_loss(
                 x.image,
@@ -205,6 +219,7 @@ def eager_loss(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
         ignore_ids=x.ignore_ids,
         label_smoothing=x.label_smoothing,
         tau_plus=x.tau_plus,
+        margin=x.margin,
         directions=x.directions,
     )
 
@@ -292,7 +307,6 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str, logit_t
     Terms of a logit, not the logit: its error is that of its sum over D, whatever the sum cancels to.
     """
     positive = reference.positive_pairs(exact.image, exact.text, exact.image_ids, exact.text_ids)
-    candidate = reference.candidate_pairs(positive, *(exact.ignore_ids or (None, None)))
     columns = logits.shape[1] if reference.OBJECTIVES[exact.objective].both_sides else 0
     anchors = logits.new_zeros(len(logits)).requires_grad_(), logits.new_zeros(columns).requires_grad_()
     counts = positive.sum(1).to(logits), positive.sum(0).to(logits)
@@ -307,7 +321,8 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str, logit_t
     def of_anchors(terms: Tensor, logits: Tensor | None, weight: Tensor) -> Tensor:
         return terms * (weight.abs() * (1 if logits is None else roundings + logits.amax(1)))[:, None]
 
-    def softmax(side: _Side, positive: Tensor, candidate: Tensor, weight: Tensor, logit_terms: Tensor | None) -> Tensor:
+    def softmax(side: _Side, positive: Tensor, weight: Tensor, logit_terms: Tensor | None) -> Tensor:
+        candidate = side.candidate
         lone = positive & (positive.sum(1, keepdim=True) == 1)
         smooth = candidate / candidate.sum(1, keepdim=True).clamp(min=1) * exact.label_smoothing
         target = positive / positive.sum(1, keepdim=True).clamp(min=1) * (1 - exact.label_smoothing) + smooth
@@ -317,15 +332,17 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str, logit_t
         return of_anchors(torch.where(candidate & positive.any(1, keepdim=True), terms, 0), logit_terms, weight)
 
     if not columns:
+        candidate = reference.candidate_pairs(positive, *(exact.ignore_ids or (None, None)))
         return of_anchors(torch.where(candidate, torch.where(positive, -logits, logits).sigmoid(), 0), logit_terms, u)
     rows, turned = _softmax_sides(exact, logits)
-    of_columns = softmax(turned, positive.T, candidate.T, v, None if logit_terms is None else logit_terms.T)
-    return softmax(rows, positive, candidate, u, logit_terms) + of_columns.T
+    of_columns = softmax(turned, positive.T, v, None if logit_terms is None else logit_terms.T)
+    return softmax(rows, positive, u, logit_terms) + of_columns.T
 
 
 class _Side(NamedTuple):
     """Of a softmax's rows, every term taken absolute."""
 
+    candidate: Tensor  # (N, M) bool: which pairs count
     probability: Tensor  # (N, M): e^s ∂(P + g)/∂e^s over P + g
     others: Tensor  # (N,): what G of the others adds up to
     condition: Tensor  # (N, 1): how often roundings of P and O are in P + g
@@ -337,15 +354,18 @@ def _softmax_sides(exact: Inputs, logits: Tensor) -> tuple[_Side, _Side]:
     candidate = reference.candidate_pairs(positive, *(exact.ignore_ids or (None, None)))
     least = reference.least_logits(exact.logit_scale, exact.logit_bias, logits)
     of_rows, of_columns = reference.tau_vectors(exact.tau_plus, *logits.shape, like=logits)
-    rows = _softmax_side(logits, positive, candidate, of_rows, least)
-    return rows, _softmax_side(logits.T, positive.T, candidate.T, of_columns, least.T)
+    row_ceiling, column_ceiling = reference.ceiling_vectors(exact.margin, logits, positive, exact.logit_scale)
+    counts = reference.below_ceiling(logits, positive, candidate, row_ceiling)
+    rows = _softmax_side(logits, positive, counts, of_rows, least)
+    counts = reference.below_ceiling(logits.T, positive.T, candidate.T, column_ceiling)
+    return rows, _softmax_side(logits.T, positive.T, counts, of_columns, least.T)
 
 
 def _softmax_side(logits: Tensor, positive: Tensor, candidate: Tensor, tau: Tensor | None, least: Tensor) -> _Side:
     if tau is None:
         probability = logits.masked_fill(~candidate, -torch.inf).softmax(1)
         others = reference.others_advantage(logits, positive, candidate).sigmoid()
-        return _Side(probability, others, torch.ones_like(probability[:, :1]))
+        return _Side(candidate, probability, others, torch.ones_like(probability[:, :1]))
     arguments = logits, positive, candidate, tau
     negatives = reference.debiased_others(*arguments, least)
     floored = negatives > reference.debiased_others(*arguments, torch.full_like(least, -torch.inf))
@@ -356,7 +376,7 @@ def _softmax_side(logits: Tensor, positive: Tensor, candidate: Tensor, tau: Tens
     probability = (logits - torch.logaddexp(right, negatives)[:, None]).masked_fill(~candidate, -torch.inf).exp()
     probability = probability * torch.where(positive, by_positive, by_other)
     others = torch.where(floored, (negatives - right).sigmoid(), torch.where(positive, 0, probability).sum(1))
-    return _Side(probability, others, probability.sum(1, keepdim=True).clamp(min=1))
+    return _Side(candidate, probability, others, probability.sum(1, keepdim=True).clamp(min=1))
 
 
 def feature_gradient_terms(exact: Inputs, sim: Tensor, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ def distributed_loss(x: Inputs, group: dist.ProcessGroup, options: Options) -> A
     common |= {"reduction": options.reduction, "backend": options.backend}
     common |= {"group": group, "strategy": options.strategy}
     if x.objective == "softmax":
-        common |= {"tau_plus": x.tau_plus, "directions": x.directions}
+        common |= {"tau_plus": x.tau_plus, "margin": x.margin, "directions": x.directions}
     if x.mask is not None:
         return sk.smartclip_loss(
             x.image,
@@ -210,6 +210,7 @@ DISAGREEMENTS: dict[str, str] = {
     "ids": "image_ids and text_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "ignore": "ignore_ids: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "smoothing": "label_smoothing: all ranks of the group need the same, got rank 1 0.1; ranks 0, 2 0.0",
+    "margin": "margin: all ranks of the group need the same, got rank 1 0.1; ranks 0, 2 None",
     "tau": "tau_plus: all ranks of the group need the same, got rank 1 given; ranks 0, 2 absent",
     "directions": "directions: all ranks of the group need the same, got rank 1 ['text_to_image']; ranks 0, 2 ['image_",
     "reduction": "reduction: all ranks of the group need the same, got rank 1 sum; ranks 0, 2 mean",
@@ -235,6 +236,7 @@ def disagree(group: dist.ProcessGroup, what: str) -> str:
         "reduction": {"reduction": "sum"},
         "strategy": {"strategy": "ring"},
         "tau": {"tau_plus": 0.1},
+        "margin": {"margin": 0.1},
         "directions": {"directions": ("text_to_image",)},
     }
     changes = options.get(what, {}) if odd else {}

@@ -260,6 +260,65 @@ def test_a_tau_of_zero_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(named[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
+MASKED: dict[str, tuple[float, dict[str, Any]]] = {
+    "few": (0.1, {"bias": 0.5}),
+    "most": (-0.4, {"m": 61, "scale": 5.0}),
+    "everything": (0.0, {"m": 61, "ignore": True, "bias": -1.0, "label_smoothing": 0.1, "tau_plus": 0.02}),
+    "of texts": (0.05, {"directions": ("text_to_image",), "m": 61}),
+}
+
+
+@similarities
+@dtypes
+@pytest.mark.parametrize("case", MASKED)
+def test_masked_by_a_margin(backend: str, similarity: Any, dtype: torch.dtype, case: str) -> None:
+    """A pair may count for its row, for its column, for both or for neither."""
+    near, options = MASKED[case][0], dict(MASKED[case][1])
+    changes = {name: options.pop(name) for name in ("tau_plus", "directions") if name in options}
+    m = options.pop("m", 70)
+    inputs = replace(make_inputs(70, m, 24, similarity=similarity, dtype=dtype, mask="soft", **options), **changes)
+    inputs = testing.clear_margin(inputs, near)
+    assert_masks_either_side(inputs)
+    for reduction in ("mean", "none"):
+        check_loss(inputs, reduction, backend=backend)
+
+
+def assert_masks_either_side(inputs: Inputs) -> None:
+    exact = inputs.to(torch.float64)
+    logits = reference.similarity(exact.image, exact.text, exact.mask) * exact.logit_scale
+    positive = reference.positive_pairs(exact.image, exact.text, exact.image_ids, exact.text_ids)
+    row, column = reference.ceiling_vectors(exact.margin, logits, positive, exact.logit_scale)
+    assert row is not None and column is not None
+    of_row, of_column = logits > row[:, None], logits > column
+    for what in (of_row & of_column, of_row & ~of_column, ~of_row & of_column, ~of_row & ~of_column):
+        assert (what & ~positive).any()
+
+
+def test_masked_by_a_margin_in_several_tiles(backend: str, set_workspace: Callable[[float], None]) -> None:
+    """Most tiles have no pair above a bound, some have."""
+    set_workspace(0.25)
+    check_loss(testing.clear_margin(make_inputs(300, 277, 64), 0.2), backend=backend)
+
+
+@dtypes
+def test_a_margin_that_masks_nothing_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(70, 61, 24, dtype=dtype, ids=True, ignore=True)
+    plain, named = (
+        testing.evaluate(x, testing.fused_loss(backend), "none").values for x in (inputs, replace(inputs, margin=3.0))
+    )
+    for name, value in plain.items():
+        assert torch.equal(named[name], value), name
+
+
+def test_a_margin_lets_a_nan_through(backend: str) -> None:
+    inputs = make_inputs(70, 61, 24, ids=True)
+    inputs.text[5] = torch.nan
+    inputs.image[3] = torch.inf
+    outputs = testing.evaluate(replace(inputs, margin=0.1), testing.fused_loss(backend), "none").values
+    positive = reference.positive_pairs(inputs.image, inputs.text, inputs.image_ids, inputs.text_ids)
+    assert outputs["loss_row"][positive.any(1)].isnan().all()
+
+
 @reductions
 @pytest.mark.parametrize("direction", reference.DIRECTIONS)
 def test_one_direction(backend: str, direction: str, reduction: str) -> None:

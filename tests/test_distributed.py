@@ -44,6 +44,7 @@ def expected(whole: testing.Inputs, rows: list[int], columns: list[int], options
         "objective": x.objective,
         "label_smoothing": x.label_smoothing,
         "tau_plus": x.tau_plus,
+        "margin": x.margin,
     }
     of_image, of_text = reference.shares_of(x.directions)
     of_rows, of_columns, row_positives, column_positives = reference.anchor_losses(
@@ -179,6 +180,23 @@ def test_debiased_and_in_one_direction(
     whole = batch(rows, columns, similarity=similarity, ids=True, ignore=True, dtype=dtype)
     taus = tuple(torch.linspace(0.2, 0, sum(sizes), dtype=torch.float64) for sizes in (rows, columns))
     whole = replace(whole, tau_plus=taus, directions=(direction,) if direction else whole.directions)  # type: ignore[arg-type]
+    for reduction in ("mean", "none"):
+        check(ranks, whole, rows, columns, Options(strategy, reduction, backend=name))
+
+
+@every
+@strategies
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("name", [None, "reference", "triton"])
+def test_masked_by_a_margin(ranks: Ranks, similarity: Any, strategy: str, ids: bool, name: str | None) -> None:
+    """With ids an anchor's best positive may be at any rank."""
+    if name == "triton" and name not in sk.available_backends():
+        pytest.skip("not here")
+    few, many = [3, 1, 2], [12, 5, 9]
+    rows, columns = (many, many) if not ids else (few, many) if similarity == "dot" else (many, few)
+    dtype = torch.float64 if name != "triton" else torch.float32
+    whole = testing.clear_margin(batch(rows, columns, similarity=similarity, ids=ids, ignore=True, dtype=dtype), 0.1)
+    whole = replace(whole, tau_plus=0.05)
     for reduction in ("mean", "none"):
         check(ranks, whole, rows, columns, Options(strategy, reduction, backend=name))
 

@@ -56,9 +56,14 @@ def literal_loss(x: Inputs, reduction: str) -> Any:
 
     def anchor(pairs: list[tuple[int, int]], tau: float) -> float | None:
         right = [s[i][j] for i, j in pairs if positive(i, j)]
-        every = [s[i][j] for i, j in pairs if counts(i, j)]
         if not right:
             return None
+        if x.margin is not None:
+            below = [(i, j) for i, j in pairs if positive(i, j) or s[i][j] - max(right) <= scale * x.margin]
+            masked.append(len(pairs) - len(below))
+            left.append(len(below) - len(right))
+            pairs = below
+        every = [s[i][j] for i, j in pairs if counts(i, j)]
         e = x.label_smoothing
         negatives = sum(math.exp(s[i][j]) for i, j in pairs if counts(i, j) and not positive(i, j))
         if tau:
@@ -70,11 +75,14 @@ def literal_loss(x: Inputs, reduction: str) -> Any:
         return lse - (1 - e) * sum(right) / len(right) - e * sum(every) / len(every)
 
     floored: list[bool] = []
+    masked: list[int] = []
+    left: list[int] = []
     tau = [v.tolist() for v in x.tau_plus] if isinstance(x.tau_plus, tuple) else [[x.tau_plus] * n, [x.tau_plus] * m]
     sides = [
         [anchor([(i, j) for j in range(m)], tau[0][i]) for i in range(n)],
         [anchor([(i, j) for i in range(n)], tau[1][j]) for j in range(m)],
     ]
+    assert x.margin is None or (any(masked) and any(left)), "above the margin and below"
     assert not x.tau_plus or (any(floored) and not all(floored)), "both ends of the maximum"
     if len(x.directions) == 1:
         only = [v for v in sides[reference.DIRECTIONS.index(x.directions[0])] if v is not None]
@@ -102,10 +110,14 @@ CASES: dict[str, dict[str, Any]] = {
     "debiased": {"tau_plus": 0.2},
     "debiased by row": {"tau_plus": tuple(torch.linspace(0, 0.3, 7, dtype=torch.float64) for _ in range(2))},
     "debiased everything": {"tau_plus": 0.15, "ids": True, "ignore": True, "label_smoothing": 0.2, "bias": 0.7},
+    "masked": {"margin": 0.1, "bias": 2.0},
+    "masked by a negative margin": {"margin": -0.3, "m": 9},
+    "masked everything": {"margin": 0.05, "tau_plus": 0.15, "ids": True, "ignore": True, "label_smoothing": 0.2},
+    "masked texts": {"margin": 0.0, "directions": ("text_to_image",), "ids": True},
     "debiased texts": {"tau_plus": 0.2, "directions": ("text_to_image",), "bias": -1.0},
 }
-OF_SOFTMAX = ("label_smoothing", "tau_plus", "directions")
-ARGUMENTS = ("tau_plus", "directions")
+OF_SOFTMAX = ("label_smoothing", "tau_plus", "margin", "directions")
+ARGUMENTS = ("tau_plus", "margin", "directions")
 
 
 @pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
@@ -197,6 +209,19 @@ def test_gradients_of_debiased_losses() -> None:
         assert torch.autograd.gradcheck(loss, tuple(leaves.values()))
 
 
+def test_no_gradient_goes_through_a_margin() -> None:
+    """Its bound is a constant: the gradient is that of a loss from which the pairs above it are ignored."""
+    x = testing.clear_margin(exact(6, 7, 4, scale=2.0, ids=True), 0.1)
+    leaves = {name: value.clone().requires_grad_() for name, value in x.leaves.items()}
+
+    def loss(*values: Tensor) -> Any:
+        given: dict[str, Any] = dict(zip(leaves, values, strict=True))
+        return testing.eager_loss(replace(x, **given), "mean")
+
+    literal_loss(x, "mean")
+    assert torch.autograd.gradcheck(loss, tuple(leaves.values()))
+
+
 @pytest.mark.parametrize("backend_reduction", REDUCTIONS)
 @pytest.mark.parametrize("similarity", ["dot", "masked_cosine"])
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
@@ -207,6 +232,8 @@ def test_the_reference_backend_differentiates_the_reference(
     smoothing = 0.1 if objective == "softmax" else 0.0
     x = exact(30, 26, 12, similarity=similarity, objective=objective, mask="soft", bias=0.5, ids=True, ignore=True)
     x = replace(x, label_smoothing=smoothing, tau_plus=0.05 if smoothing and similarity == "dot" else 0.0)
+    if objective == "softmax":
+        x = testing.clear_margin(x, 0.1)
     actual = testing.evaluate(x, testing.fused_loss("reference"), backend_reduction).values
     expected = testing.evaluate(x, testing.eager_loss, backend_reduction).values
     for name in expected:

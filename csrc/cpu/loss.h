@@ -10,6 +10,11 @@ namespace smartclip::SK_ISA {
 constexpr int64_t kStripColumns = 512;
 constexpr int64_t kBlockRows = 64;
 
+template <class T>
+bool all_count(const Problem<T>& problem) {
+  return !problem.row.ignore && !problem.row.ceiling;
+}
+
 // An anchor's state, as numbers in planes.
 template <class State, class V>
 State load_state(const V* numbers) {
@@ -65,7 +70,7 @@ void merge_row(const Side<T>& side, int64_t index, const typename Objective::tem
   store_state(side, index, state);
 }
 
-template <class T, class Similarity, class Objective, bool kIgnore>
+template <class T, class Similarity, class Objective, bool kAll>
 void statistics_of(const Problem<T>& problem, const Tile<T>& tile, int threads) {
   using V = Pack<T>;
   using State = typename Objective::template State<V>;
@@ -89,11 +94,11 @@ void statistics_of(const Problem<T>& problem, const Tile<T>& tile, int threads) 
           State row_state = State::empty();
           for_packs<T>(strip, strip_end, [&](int64_t c, auto count) {
             const Products<T, Similarity> products(problem, tile, row, r, c, count);
-            const Pairs<T, kIgnore> pairs(problem, tile, row, c, count);
+            const Pairs<T, kAll> pairs(problem, tile, row, c, count);
             const V logit = scale * products.sim() + bias;
-            row_state.add(logit, pairs.positive, pairs.candidate);
+            row_state.add(logit, pairs.positive, pairs.for_row(logit));
             if constexpr (Objective::kBothSides)
-              block_columns[(c - strip) / V::kLanes].add(logit, pairs.positive, pairs.candidate);
+              block_columns[(c - strip) / V::kLanes].add(logit, pairs.positive, pairs.for_columns(logit));
           });
           merge_row<T, Objective>(problem.row, tile.row + r, row_state, tile.column + strip == 0);
         }
@@ -126,7 +131,7 @@ void statistics_of(const Problem<T>& problem, const Tile<T>& tile, int threads) 
 
 template <class T, class Similarity, class Objective>
 void statistics(const Problem<T>& problem, const Tile<T>& tile, int threads) {
-  const auto run = problem.row.ignore ? statistics_of<T, Similarity, Objective, true>
+  const auto run = all_count(problem) ? statistics_of<T, Similarity, Objective, true>
                                       : statistics_of<T, Similarity, Objective, false>;
   run(problem, tile, threads);
 }
@@ -155,7 +160,7 @@ void anchor(const Problem<T>& problem) {
   }
 }
 
-template <class T, class Similarity, class Objective, bool kIgnore, bool kStatistics>
+template <class T, class Similarity, class Objective, bool kAll, bool kStatistics>
 void gradient_of(const Problem<T>& problem, const Tile<T>& tile, int threads) {
   using V = Pack<T>;
   using State = typename Objective::template State<V>;
@@ -180,15 +185,16 @@ void gradient_of(const Problem<T>& problem, const Tile<T>& tile, int threads) {
         V sum_scale(T(0)), sum_bias(T(0));
         for_packs<T>(strip, strip_end, [&](int64_t c, auto count) {
           const Products<T, Similarity> products(problem, tile, row, r, c, count);
-          const Pairs<T, kIgnore> pairs(problem, tile, row, c, count);
+          const Pairs<T, kAll> pairs(problem, tile, row, c, count);
           const V sim = products.sim();
           const V logit = scale * sim + bias;
           V column_anchor[Objective::kAnchor] = {};
           if constexpr (Objective::kBothSides)
             for (int k = 0; k < Objective::kAnchor; ++k)
               column_anchor[k] = V::load(problem.column.anchor + k * problem.column.size + tile.column + c, count);
-          const V grad = Objective::gradient(logit, row_anchor, column_anchor, pairs.positive, pairs.candidate);
-          if constexpr (kStatistics) row_state.add(logit, pairs.positive, pairs.candidate);
+          const V grad = Objective::gradient(logit, row_anchor, column_anchor, pairs.positive, pairs.for_row(logit),
+                                             pairs.for_columns(logit));
+          if constexpr (kStatistics) row_state.add(logit, pairs.positive, pairs.for_row(logit));
           const V grad_sim = grad * sim;
           sum_scale += grad_sim;
           sum_bias += grad;
@@ -217,11 +223,11 @@ void gradient_of(const Problem<T>& problem, const Tile<T>& tile, int threads) {
 
 template <class T, class Similarity, class Objective>
 void gradient(const Problem<T>& problem, const Tile<T>& tile, bool statistics, int threads) {
-  const bool ignore = problem.row.ignore;
-  const auto run = statistics ? (ignore ? gradient_of<T, Similarity, Objective, true, true>
-                                        : gradient_of<T, Similarity, Objective, false, true>)
-                              : (ignore ? gradient_of<T, Similarity, Objective, true, false>
-                                        : gradient_of<T, Similarity, Objective, false, false>);
+  const bool all = all_count(problem);
+  const auto run = statistics ? (all ? gradient_of<T, Similarity, Objective, true, true>
+                                     : gradient_of<T, Similarity, Objective, false, true>)
+                              : (all ? gradient_of<T, Similarity, Objective, true, false>
+                                     : gradient_of<T, Similarity, Objective, false, false>);
   run(problem, tile, threads);
 }
 

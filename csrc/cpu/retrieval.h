@@ -89,7 +89,10 @@ void best_positive_of(const Problem<T>& problem, const Tile<T>& tile, const Best
   using V = Pack<T>;
   for_scores<T, Similarity, kSwapped>(
       problem, tile, threads, [&](const Row<T>& row, int64_t r, V sim, int64_t c, int count) {
-        if (tile.column + c == 0) best.index[r] = -1;
+        if (tile.column + c == 0) {
+          best.value[r] = -std::numeric_limits<T>::infinity();
+          best.index[r] = -1;
+        }
         const Mask<T> positive = Ids<T>::load(problem.column.id + tile.column + c, count) == row.id;
         if (!any(positive & first_lanes<T>(count))) return;
         for (int lane = 0; lane < count; ++lane) {

@@ -51,14 +51,18 @@ Mask<T> first_lanes(int count) {
   return {lanes};
 }
 
+template <class T>
+constexpr T kNoCeiling = std::numeric_limits<T>::infinity();
+
 // A row of the tile, its numbers in every lane.
 template <class T>
 struct Row {
-  Pack<T> factor;
+  Pack<T> factor, ceiling;
   int32_t id, ignore;
 
   Row(const Side<T>& side, int64_t index)
       : factor(side.factor ? side.factor[index] : T(0)),
+        ceiling(side.ceiling ? side.ceiling[index] : kNoCeiling<T>),
         id(side.id ? side.id[index] : 0),
         ignore(side.ignore ? side.ignore[index] : 0) {}
 };
@@ -90,19 +94,38 @@ struct Products {
   }
 };
 
-// Which pairs of a row and a pack are positive, and which count at all.
-template <class T, bool kIgnore>
+// Which pairs of a row and a pack are positive, and which count, for either side. kAll: all do.
+template <class T, bool kAll>
 struct Pairs {
+  using V = Pack<T>;
   Mask<T> positive, candidate;
+  V row_ceiling, column_ceiling;
 
   Pairs(const Problem<T>& problem, const Tile<T>& tile, const Row<T>& row, int64_t c, int count) {
     const Mask<T> inside = first_lanes<T>(count);
     positive = (Ids<T>::load(problem.column.id + tile.column + c, count) == row.id) & inside;
     candidate = inside;
-    if constexpr (kIgnore) {
-      const Mask<T> ignored = Ids<T>::load(problem.column.ignore + tile.column + c, count) == row.ignore;
-      candidate = inside & (positive | ~ignored);
+    if constexpr (!kAll) {
+      if (problem.column.ignore) {
+        const Mask<T> ignored = Ids<T>::load(problem.column.ignore + tile.column + c, count) == row.ignore;
+        candidate = inside & (positive | ~ignored);
+      }
+      row_ceiling = row.ceiling;
+      column_ceiling =
+          problem.column.ceiling ? V::load(problem.column.ceiling + tile.column + c, count) : V(kNoCeiling<T>);
     }
+  }
+
+  Mask<T> for_row(V logit) const { return below(logit, row_ceiling); }
+  Mask<T> for_columns(V logit) const { return below(logit, column_ceiling); }
+
+ private:
+  // "Is not above": a NaN compares false and must stay visible.
+  Mask<T> below(V logit, V ceiling) const {
+    if constexpr (kAll)
+      return candidate;
+    else
+      return candidate & (positive | ~(logit > ceiling));
   }
 };
 

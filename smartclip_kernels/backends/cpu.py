@@ -13,7 +13,7 @@ from smartclip_kernels.engine import Side, TiledBackend, reduced, write_sums
 from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.tiles import Method, Tile
 
-_VECTORS = ("id", "ignore", "factor", "tau", "statistics", "loss", "weight", "anchor", "score_gradient")
+_VECTORS = ("id", "ignore", "factor", "tau", "ceiling", "statistics", "loss", "weight", "anchor", "score_gradient")
 
 
 @cache

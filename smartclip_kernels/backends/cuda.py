@@ -27,7 +27,7 @@ ARCHITECTURE = os.environ.get("SMARTCLIP_CUDA_ARCHITECTURE", "")
 ARCHITECTURES = ("sm_80", "sm_90a")
 HOPPER_ELEMENTS = ("bfloat16", "float16")
 OLDEST = (8, 0)
-_VECTORS = ("id", "ignore", "factor", "tau", "statistics", "loss", "weight", "anchor")
+_VECTORS = ("id", "ignore", "factor", "tau", "ceiling", "statistics", "loss", "weight", "anchor")
 _ELEMENTS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 REBUILD = "install the CUDA toolkit (nvcc) and install the package again"
 

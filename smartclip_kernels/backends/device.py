@@ -32,6 +32,8 @@ ROOM = {torch.float16: 64.0}
 """What the largest weight of a gradient becomes: float16 is precise from 2⁻¹⁴ up only, and ends at 2¹⁶."""
 NAN_KEY = 0x7FFFFFFF  # the upper half of a key whose score is NaN; the lower half counts candidates down from it
 
+NO_KEY = -(2**63)  # worse than every key
+
 
 class Slots(NamedTuple):
     """How many partial results a kernel leaves of a tile."""
@@ -206,25 +208,28 @@ class DeviceLaunch(ABC):
             best = both.topk(min(k, both.shape[1]), dim=1).values
         self._best = best
         if best.shape[1] == k:
-            ordered = best >> 32
-            bits = torch.where(ordered < 0, ordered ^ NAN_KEY, ordered).to(torch.int32)
-            values[tile.rows] = bits.view(torch.float32)
+            values[tile.rows] = _values(best)
             indices[tile.rows] = NAN_KEY - (best & 0xFFFFFFFF)
 
     def best_positive(self, tile: Tile, values: Tensor, indices: Tensor) -> None:
-        """`indices` gets keys: they hold the values, too."""
+        """`indices` gets keys, which `rank` takes."""
         keys = self._per_anchor("positive", tile, torch.int64).amax(0)
         if tile.columns.start > 0:
             keys = torch.maximum(keys, indices[tile.rows])
         indices[tile.rows] = keys
+        if tile.columns.stop == self._candidates:
+            values[tile.rows] = torch.where(keys == NO_KEY, -torch.inf, _values(keys))
 
     def rank(self, tile: Tile, values: Tensor, indices: Tensor, ranks: Tensor) -> None:
         best = indices[tile.rows]
         ahead = self._per_anchor("ahead", tile, torch.int32, best).sum(0)
         ranks[tile.rows] = ahead + (1 if tile.columns.start == 0 else ranks[tile.rows])
-        candidates = (self.image if self.swapped else self.text).size
-        if tile.columns.stop == candidates:
-            ranks[tile.rows] = torch.where(best >> 32 == NAN_KEY, candidates, ranks[tile.rows])
+        if tile.columns.stop == self._candidates:
+            ranks[tile.rows] = torch.where(best >> 32 == NAN_KEY, self._candidates, ranks[tile.rows])
+
+    @property
+    def _candidates(self) -> int:
+        return (self.image if self.swapped else self.text).size
 
     def _per_anchor(self, what: str, tile: Tile, dtype: torch.dtype, best: Tensor | None = None) -> Tensor:
         straight = self._straight(tile)
@@ -274,6 +279,13 @@ class DeviceLaunch(ABC):
             into.copy_(partial.sum(0))
         else:
             into += partial.sum(0)
+
+
+def _values(keys: Tensor) -> Tensor:
+    """The scores that keys were made of."""
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, ordered ^ NAN_KEY, ordered).to(torch.int32)
+    return bits.view(torch.float32)
 
 
 def size(panel: slice) -> int:

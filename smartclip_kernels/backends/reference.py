@@ -34,16 +34,17 @@ class ReferenceBackend:
             objective=problem.objective,
             image_ids=problem.image_ids,
             text_ids=problem.text_ids,
-            ignore_ids=_ignore_ids(problem),
+            ignore_ids=_pair(problem.image_ignore, problem.text_ignore),
             label_smoothing=problem.label_smoothing,
-            tau_plus=_tau_plus(problem),
+            tau_plus=_pair(*problem.correction[:2]) or 0.0,
+            margin=_pair(*problem.correction[2:]),
         )
-        _, logits, positive, candidate = _scores(problem)
+        _, logits, positive, for_rows, for_columns = _scores(problem)
         state = STATES[problem.objective]
-        row_states = state.of(logits, positive, candidate)
+        row_states = state.of(logits, positive, for_rows)
         column_states = row_states.new_empty(len(row_states), 0)
         if problem.traits.both_sides:
-            column_states = state.of(logits.T, positive.T, candidate.T)
+            column_states = state.of(logits.T, positive.T, for_columns.T)
         total, weights = rows.new_empty(0), rows.new_empty(0)
         if problem.reduction != "none":
             total, weights = reference.reduce_losses(
@@ -76,6 +77,11 @@ class ReferenceBackend:
     def masked_topk(self, problem: Problem, k: int, per_text: bool) -> tuple[Tensor, Tensor]:
         return reference.topk(_per(self.masked_similarity(problem), per_text), k)
 
+    def best_positive(self, problem: Problem, per_text: bool) -> Tensor:
+        positive = reference.positive_pairs(problem.image, problem.text, problem.image_ids, problem.text_ids)
+        best = torch.where(positive, self.masked_similarity(problem), -torch.inf)
+        return _per(best, per_text).amax(1)
+
     def retrieval_ranks(self, problem: Problem, per_text: bool) -> Tensor:
         positive = reference.positive_pairs(problem.image, problem.text, problem.image_ids, problem.text_ids)
         return reference.ranks(_per(self.masked_similarity(problem), per_text), _per(positive, per_text))
@@ -85,32 +91,30 @@ def _per(x: Tensor, text: bool) -> Tensor:
     return x.T if text else x
 
 
-def _ignore_ids(problem: Problem) -> tuple[Tensor, Tensor] | None:
-    image, text = problem.image_ignore, problem.text_ignore
+def _pair(image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if image is None or text is None else (image, text)
 
 
-def _tau_plus(problem: Problem) -> tuple[Tensor, Tensor] | float:
-    image, text = problem.image_tau, problem.text_tau
-    return 0.0 if image is None or text is None else (image, text)
-
-
 def _scores(problem: Problem) -> Tensors:
-    """sim, logits, and which pairs are positive and which count: (N, M) all."""
+    """sim, logits, and which pairs are positive and which count for rows and for columns: (N, M) all."""
     sim = reference.similarity(problem.image, problem.text, problem.mask)
     logits = sim * problem.scale if problem.bias is None else sim * problem.scale + problem.bias
     positive = reference.positive_pairs(problem.image, problem.text, problem.image_ids, problem.text_ids)
-    return sim, logits, positive, reference.candidate_pairs(positive, *(_ignore_ids(problem) or (None, None)))
+    candidate = reference.candidate_pairs(positive, problem.image_ignore, problem.text_ignore)
+    _, _, row_ceiling, column_ceiling = problem.correction
+    for_columns = reference.below_ceiling(logits.T, positive.T, candidate.T, column_ceiling).T
+    return sim, logits, positive, reference.below_ceiling(logits, positive, candidate, row_ceiling), for_columns
 
 
 def _gradients(problem: Problem, states: Tensors, weights: Tensors) -> tuple[Tensor | None, ...]:
     """Of image, text, mask, scale and bias, in the precision of the scores. States may know of more candidates."""
-    sim, logits, positive, candidate = _scores(problem)
+    sim, logits, positive, for_rows, for_columns = _scores(problem)
     state, smoothing, least = STATES[problem.objective], problem.label_smoothing, problem.least_logit()
-    pairs, turned = (logits, positive, candidate), (logits.T, positive.T, candidate.T)
-    gradient = state.gradient(*pairs, states[0], weights[0], smoothing, problem.image_tau, least)
+    image_tau, text_tau, *_ = problem.correction
+    pairs, turned = (logits, positive, for_rows), (logits.T, positive.T, for_columns.T)
+    gradient = state.gradient(*pairs, states[0], weights[0], smoothing, image_tau, least)
     if problem.traits.both_sides:
-        gradient = gradient + state.gradient(*turned, states[1], weights[1], smoothing, problem.text_tau, least).T
+        gradient = gradient + state.gradient(*turned, states[1], weights[1], smoothing, text_tau, least).T
     features = reference.similarity_gradients(problem.image, problem.text, problem.mask, gradient * problem.scale)
     bias = torch.zeros_like(sim[0, 0]) if problem.traits.shift_invariant else gradient.sum()
     return *features, (gradient * sim).sum(), bias

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smartclip_kernels.distributed.exchange import Exchange
 from smartclip_kernels.distributed.strategies import Strategy
-from smartclip_kernels.problem import Tensors
+from smartclip_kernels.problem import Correction, Tensors
 from smartclip_kernels.reference import OBJECTIVES, Objective
 
 T = TypeVar("T")
@@ -44,8 +44,9 @@ class Call:
     image_travels: bool
     ids: tuple[Tensor | None, ...]  # image's, text's, and ignore ids: the travelling side's those of all ranks
     by_ids: bool  # a caller's ids, not what is made where there are none
-    own_tau: tuple[Tensor | None, Tensor | None]  # of own images and own texts: debiased negatives
-    tau: tuple[Tensor | None, ...]  # the same, the travelling side's of all ranks
+    margin: float | None  # whose ceilings the first sweep has to find; None: they are known, or not wanted
+    own: Correction  # of own images and own texts
+    correction: Correction  # the same, the travelling side's of all ranks
     shares: tuple[float, float]  # of rows' and columns' losses, where both have them
     objective: str
     label_smoothing: float
@@ -71,10 +72,10 @@ class Call:
         ids = (x[window] if k in moving and x is not None else x for k, x in enumerate(self.ids))
         return *features, *inputs[3:5], *ids, self.objective, self.label_smoothing, self.backend, self.workspace
 
-    def tau_of(self, window: slice) -> tuple[Tensor | None, ...]:
+    def correction_of(self, window: slice) -> Correction:
         """Of an op, for the same rows."""
-        moving = 0 if self.image_travels else 1
-        return tuple(x[window] if k == moving and x is not None else x for k, x in enumerate(self.tau))
+        moving = (0, 2) if self.image_travels else (1, 3)
+        return Correction(*(x[window] if k in moving and x is not None else x for k, x in enumerate(self.correction)))
 
     def sides(self, own: T, travelling: T) -> tuple[T, T]:
         """In the order of rows and columns, or back."""

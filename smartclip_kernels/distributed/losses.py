@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from smartclip_kernels import backends, checks
+from smartclip_kernels.ceilings import best_positives, correction_of, with_ceilings
 from smartclip_kernels.distributed.call import EXACT, Call, Inputs, Semantics
 from smartclip_kernels.distributed.exchange import Exchange
 from smartclip_kernels.distributed.strategies import STRATEGIES
 from smartclip_kernels.ops import autocast, first_order, needed_gradients
-from smartclip_kernels.problem import LossCall, Needs, Problem, Tensors
+from smartclip_kernels.problem import Correction, LossCall, Needs, Problem, Tensors
 from smartclip_kernels.reference import DIRECTIONS, asked_for, least_logits
 from smartclip_kernels.states import STATES
 
@@ -39,12 +40,15 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor | None) -> Any:
         state = STATES[call.objective]
+        blocks = call.strategy.prepare(call.travelling(inputs))
+        if call.margin is not None:
+            call = _with_ceilings(call, call.margin, inputs, blocks)
         parts: dict[int, tuple[Tensor, Tensor]] = {}
         kept: dict[int, Tensor] = {}
 
         def visit(window: slice, block: Tensors) -> Tensors:
             *_, row_states, column_states, products = _ops.loss(
-                *call.arguments(inputs, window, block), *call.tau_of(window)
+                *call.arguments(inputs, window, block), *call.correction_of(window)
             )
             parts[window.start] = call.sides(row_states, column_states)
             # What a call may keep of its products is for all of its blocks together.
@@ -52,7 +56,6 @@ class _Loss(torch.autograd.Function):
             kept[window.start] = products if products.nbytes <= room else products.new_empty(0)
             return ()
 
-        blocks = call.strategy.prepare(call.travelling(inputs))
         call.strategy.sweep(blocks, visit)
         own_parts, travelling_parts = zip(*(parts[start] for start in sorted(parts)), strict=True)
         own = state.merge(torch.stack(own_parts)) if own_parts[0].shape[1] else own_parts[0]
@@ -65,7 +68,7 @@ class _Loss(torch.autograd.Function):
         least = least_logits(scale.reshape(()), None if bias is None else bias.reshape(()), own.new_empty(()))
         losses = [
             state.loss(x, call.label_smoothing, tau, least) if x.shape[1] else x[0]
-            for x, tau in zip((own, travelling), call.sides(*call.own_tau), strict=True)
+            for x, tau in zip((own, travelling), call.sides(*call.own[:2]), strict=True)
         ]
         positives = [x[0].clone() for x in (own, travelling)]
         ctx.call, ctx.starts = call, list(kept)
@@ -98,11 +101,11 @@ class _Loss(torch.autograd.Function):
             states = call.sides(own, travelling[:, window])
             u, v = call.sides(own_weight, travelling_weight[window])
             arguments = *states, kept[window.start], *call.arguments(inputs, window, block)
-            tau = call.tau_of(window)
+            correction = call.correction_of(window)
             if call.semantics.sides_apart:
-                grads = _apart(u, v, arguments, call.needs, tau)
+                grads = _apart(u, v, arguments, call.needs, correction)
             else:
-                grads = _ops.loss_backward(u, v, *arguments, call.needs, True, *tau)
+                grads = _ops.loss_backward(u, v, *arguments, call.needs, True, *correction)
             _add(sums, grads, call.own_gradients())
             return tuple(grads[place] for place in call.home_gradients())
 
@@ -110,12 +113,32 @@ class _Loss(torch.autograd.Function):
         return call.finish(inputs, sums, home)
 
 
-def _apart(u: Tensor, v: Tensor, arguments: tuple[Any, ...], needs: list[bool], tau: Inputs) -> Tensors:
+def _apart(u: Tensor, v: Tensor, arguments: tuple[Any, ...], needs: list[bool], correction: Correction) -> Tensors:
     """image's gradient of the rows' losses, text's and mask's of the columns', scale's and bias's of both."""
     image, text, mask, *scalars = needs
-    of_rows = _ops.loss_backward(u, 0 * v, *arguments, [image, False, False, *scalars], True, *tau)
-    of_columns = _ops.loss_backward(0 * u, v, *arguments, [False, text, mask, *scalars], True, *tau)
+    of_rows = _ops.loss_backward(u, 0 * v, *arguments, [image, False, False, *scalars], True, *correction)
+    of_columns = _ops.loss_backward(0 * u, v, *arguments, [False, text, mask, *scalars], True, *correction)
     return of_rows[0], *of_columns[1:3], *(x + y for x, y in zip(of_rows[3:], of_columns[3:], strict=True))
+
+
+def _with_ceilings(call: Call, margin: float, inputs: Inputs, blocks: Tensors) -> Call:
+    """What ids make positive may be at any rank: the best of each row is looked for in a sweep over all."""
+    parts: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def visit(window: slice, block: Tensors) -> Tensors:
+        image, text, mask, _, _, *ids = call.arguments(inputs, window, block)[:7]
+        assert image is not None and text is not None
+        parts[window.start] = call.sides(*best_positives(image, text, mask, ids, call.backend))
+        return ()
+
+    call.strategy.sweep(blocks, visit)
+    own_parts, travelling_parts = zip(*(parts[start] for start in sorted(parts)), strict=True)
+    pieces = call.exchange.swap(torch.cat(travelling_parts).split(call.travelling_rows))
+    best = call.sides(*(torch.stack(list(x)).amax(0) for x in (own_parts, pieces)))
+    scale, bias = inputs[3:]
+    assert scale is not None
+    own = correction_of(call.own, best, margin, scale, bias)
+    return replace(call, own=own, correction=_gathered(own, call.exchange, call.rows, call.image_travels))
 
 
 class _LossSum(torch.autograd.Function):
@@ -201,7 +224,7 @@ def loss(
         asked = make()
         arguments, reduction = (*autocast(*asked.arguments[:3]), *asked.arguments[3:]), asked.reduction
         checks.problem(*arguments[:-2])
-        checks.tau(asked.tau, arguments[0], arguments[1], arguments[9])
+        checks.correction(asked.correction, arguments[0], arguments[1], arguments[9])
         device = arguments[0].device
         exchange.check_device(device)
         backend = backends.resolve(arguments[-2], device)
@@ -215,6 +238,8 @@ def loss(
         rows = [it["Images"] for it in everyone], [it["Texts"] for it in everyone]
         # The lighter side: a masked text is as wide as two images.
         image_travels = sum(rows[0]) < sum(rows[1]) * (1 if problem.mask is None else 2)
+        by_ids = problem.image_ids is not None
+        own = asked.correction if by_ids else with_ceilings(asked._replace(arguments=arguments))
         call = Call(
             exchange,
             STRATEGIES[strategy](exchange, rows[0 if image_travels else 1]),
@@ -223,9 +248,10 @@ def loss(
             rows,
             image_travels,
             _ids(problem, exchange, rows, image_travels),
-            problem.image_ids is not None,
-            asked.tau,
-            _tau(asked.tau, exchange, rows, image_travels),
+            by_ids,
+            asked.margin if by_ids else None,
+            own,
+            _gathered(own, exchange, rows, image_travels),
             asked.shares,
             problem.objective,
             problem.label_smoothing,
@@ -288,7 +314,8 @@ def _header(call: LossCall, strategy: str, semantics: Semantics) -> dict[str, An
         "ignore_ids": "absent" if arguments[7] is None else "given",
         "objective": arguments[9],
         "label_smoothing": arguments[10],
-        "tau_plus": "absent" if call.tau[0] is None else "given",
+        "tau_plus": "absent" if call.correction.image_tau is None else "given",
+        "margin": call.margin,
         "directions": [name for name, share in zip(DIRECTIONS, call.shares, strict=True) if share],
         "reduction": call.reduction,
         "strategy": strategy,
@@ -319,13 +346,13 @@ def _ids(
     return tuple(ids)
 
 
-def _tau(
-    own: tuple[Tensor | None, ...], exchange: Exchange, rows: tuple[list[int], list[int]], image_travels: bool
-) -> tuple[Tensor | None, ...]:
+def _gathered(
+    own: Correction, exchange: Exchange, rows: tuple[list[int], list[int]], image_travels: bool
+) -> Correction:
     """Image's and text's. The travelling side's of all ranks: whoever scores its rows makes their part of G."""
-    moving = 0 if image_travels else 1
-    tau = list(own)
-    if (moves := tau[moving]) is not None:
-        (whole,) = exchange.gather((moves[:, None],), rows[moving])
-        tau[moving] = whole[:, 0].contiguous()
-    return tuple(tau)
+    whole = list(own)
+    for moving in (0, 2) if image_travels else (1, 3):
+        if (moves := whole[moving]) is not None:
+            (gathered,) = exchange.gather((moves[:, None],), rows[moving % 2])
+            whole[moving] = gathered[:, 0].contiguous()
+    return Correction(*whole)

@@ -123,8 +123,9 @@ class GradientOf {
       if constexpr (Objective::kBothSides) v[k] = shared_.column_anchor[k][F::column(c)];
     }
     const ScoreOf<Config, Similarity> score(shared_.factors, numbers, r, c);
-    const float grad = Objective::gradient(shared_.scale * score.sim + shared_.bias, u, v, pairs.positive(r, c),
-                                           pairs.candidate(r, c));
+    const float logit = shared_.scale * score.sim + shared_.bias;
+    const float grad = Objective::gradient(logit, u, v, pairs.positive(r, c), pairs.for_row(r, c, logit),
+                                           pairs.for_column(r, c, logit));
     score.derive(numbers, grad, r, c);
     column.total += grad;
     column.along += grad == 0 ? 0.0f : grad * score.sim;  // not 0 * infinity, where a pair does not count
@@ -170,13 +171,11 @@ gradient(SK_PARAMETER Gradient p) {
     } else {
       products<Config, Similarity>(p.tile, place, shared.stages, fragment);
     }
-    const bool plain = plain_pairs<Config>(p, place);
     GradientOf<Config, Similarity, Objective> gradient(p, place, shared);
+    const auto logit_at = [&](int r, int c) { return gradient.logit(fragment, r, c); };
+    const bool plain = plain_pairs<Config>(p, place, logit_at);
     if constexpr (!Objective::kNeedsStatistics)
-      if (p.row_partials)
-        put_states<Config, Objective>(
-            p, place, plain, [&](int r, int c) { return gradient.logit(fragment, r, c); }, shared.parked,
-            shared.exchange);
+      if (p.row_partials) put_states<Config, Objective>(p, place, plain, logit_at, shared.parked, shared.exchange);
     if (plain) {
       gradient.plain(fragment);
     } else {

@@ -88,7 +88,10 @@ SK_DEVICE void put_mixed_states(const Parked<Config>& logits, const MixedPairs<C
   for (int r = 0; r < F::kRows; ++r) {
     State state = State::empty();
 #pragma unroll 1
-    for (int c = 0; c < F::kColumns; ++c) state.add(logits.at(0, r, c), pairs.positive(r, c), pairs.candidate(r, c));
+    for (int c = 0; c < F::kColumns; ++c) {
+      const float logit = logits.at(0, r, c);
+      state.add(logit, pairs.positive(r, c), pairs.for_row(r, c, logit));
+    }
     exchange.put_row(r, RowLanes::merged(state));
   }
   if constexpr (Objective::kBothSides) {
@@ -96,7 +99,10 @@ SK_DEVICE void put_mixed_states(const Parked<Config>& logits, const MixedPairs<C
     for (int c = 0; c < F::kColumns; ++c) {
       State state = State::empty();
 #pragma unroll 1
-      for (int r = 0; r < F::kRows; ++r) state.add(logits.at(0, r, c), pairs.positive(r, c), pairs.candidate(r, c));
+      for (int r = 0; r < F::kRows; ++r) {
+        const float logit = logits.at(0, r, c);
+        state.add(logit, pairs.positive(r, c), pairs.for_column(r, c, logit));
+      }
       exchange.put_column(c, ColumnLanes::merged(state));
     }
   }
@@ -143,9 +149,9 @@ statistics(SK_PARAMETER Statistics p) {
     for_pairs<Config>([&](int r, int c) {
       fragment.at(0, r, c) = scale * ScoreOf<Config, Similarity>(shared.factors, fragment, r, c).sim + bias;
     });
-    put_states<Config, Objective>(
-        p, place, plain_pairs<Config>(p, place), [&](int r, int c) { return fragment.at(0, r, c); }, shared.parked,
-        shared.exchange);
+    const auto logit_at = [&](int r, int c) { return fragment.at(0, r, c); };
+    put_states<Config, Objective>(p, place, plain_pairs<Config>(p, place, logit_at), logit_at, shared.parked,
+                                  shared.exchange);
     ptx::sync_block();
     shared.exchange.merge_rows();
     if constexpr (Objective::kBothSides) shared.exchange.store_columns(p, walk, place.column, p.column_partials);

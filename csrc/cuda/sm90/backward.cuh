@@ -54,6 +54,9 @@ class GradientOf {
       even[r] = Objective::even(anchor);
     }
     if (ptx::any_in_warp(!near)) chunks = {0, chunks.plain | chunks.mixed};
+    chunks.look_at_ceilings<Config>(p_, place_, [&](int r, int c) {
+      return scale_ * ScoreOf<Config, Similarity>(factors_, fragment, r, c).sim + bias_;
+    });
     ParameterSums sums;
     if (Objective::kSmooths && p_.problem.label_smoothing != 0)
       plain<Objective::kSmooths>(fragment, chunks.plain, mine_.shares.shift, share, even, sums, row);
@@ -124,15 +127,16 @@ class GradientOf {
       ParameterSums of_column;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const bool positive = pairs.positive(r, c), candidate = pairs.candidate(r, c);
+        const bool positive = pairs.positive(r, c);
         float anchor[Objective::kAnchor];
         load_row_anchor(r, anchor);
         const ScoreOf<Config, Similarity> score(factors_, parked, r, c);
         const float logit = scale_ * score.sim + bias_;
-        const float grad = Objective::gradient(logit, anchor, column, positive, candidate);
+        const bool for_row = pairs.for_row(r, c, logit);
+        const float grad = Objective::gradient(logit, anchor, column, positive, for_row, pairs.for_column(r, c, logit));
         score.derive(parked, grad, r, c);
         of_column.add(grad, grad == 0 ? 0.0f : score.sim);  // not 0 * infinity, where a pair does not count
-        if (keeps_states()) state[r].add(logit, positive, candidate);
+        if (keeps_states()) state[r].add(logit, positive, for_row);
       }
       sums.add(of_column);
       if (mine_.scores.wanted(p_)) mine_.scores.put_column(c, of_column.along);

@@ -262,6 +262,29 @@ struct Chunks {
     if (side.ignore) mixed |= ids.ignore.chunks_with({side.ignore[row[0]], side.ignore[row[1]]});
     return {Config::kAllChunks & ~mixed, mixed};
   }
+
+  // Those with a pair above a ceiling have to be looked at, too. logit_at(r, c): of the thread's fragment.
+  template <class Config, class LogitAt>
+  SK_DEVICE void look_at_ceilings(const Scores& p, Place place, LogitAt logit_at) {
+    using F = Fragment<Config>;
+    const Side<float>&rows = p.problem.row, &columns = p.problem.column;
+    if (!rows.ceiling) return;
+    uint32_t above = 0;
+    for_chunks<Config>(plain, [&](int chunk) {
+      bool any = false;
+      for_chunk_columns<Config>(chunk, [&](int, int c) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float logit = logit_at(r, c);
+          any |= rows.is_above(p.tile.row + place.row + F::row(r), logit) ||
+                 columns.is_above(p.tile.column + place.column + F::column(c), logit);
+        }
+      });
+      above |= uint32_t(ptx::any_in_warp(any)) << chunk;
+    });
+    plain &= ~above;
+    mixed |= above;
+  }
 };
 
 // Sums over the lanes that share columns of the numbers of eight of them: lanes 4 g to 4 g + 3 get that of number g.

@@ -183,9 +183,9 @@ class StatesOf {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const float logit = exchange_.logits.at(0, r, c);
-        const bool positive = pairs.positive(r, c), candidate = pairs.candidate(r, c);
-        row[r].add(logit, positive, candidate);
-        if constexpr (Objective::kBothSides) column.add(logit, positive, candidate);
+        const bool positive = pairs.positive(r, c);
+        row[r].add(logit, positive, pairs.for_row(r, c, logit));
+        if constexpr (Objective::kBothSides) column.add(logit, positive, pairs.for_column(r, c, logit));
       }
       if constexpr (Objective::kBothSides) {
         column = ColumnLanes::merged(column);
@@ -238,7 +238,7 @@ SK_DEVICE void consume_statistics(const Launched<Statistics, Passes>& p,
         for (State& state : column) state = State::empty();
       },
       [&](Place place, Fragment<Config>& fragment) {
-        const Chunks chunks = Chunks::of<Config>(p, place, mine.ids);
+        Chunks chunks = Chunks::of<Config>(p, place, mine.ids);
         const KnownFactors<Config, Similarity> factors(p, place, mine.factors);
         const float scale = *p.problem.scale, bias = p.problem.bias ? *p.problem.bias : 0.0f;
         // Every chunk behind a branch: together, the compiler would give registers to many at once.
@@ -249,6 +249,7 @@ SK_DEVICE void consume_statistics(const Launched<Statistics, Passes>& p,
               fragment.at(0, r, c) = scale * ScoreOf<Config, Similarity>(factors, fragment, r, c).sim + bias;
           });
         });
+        chunks.look_at_ceilings<Config>(p, place, [&](int r, int c) { return fragment.at(0, r, c); });
         State row[kRows];
         StatesOf<Config, Objective>(p, place, mine.exchange).add(fragment, chunks, row, column);
         store_row_states<Config>(p, place, row, p.row_partials);

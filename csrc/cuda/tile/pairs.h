@@ -14,7 +14,8 @@ struct Place {
 // Where nearly all tiles are: every pair counts, none is positive. What is decided at compile time costs nothing.
 struct PlainPairs {
   SK_DEVICE bool positive(int, int) const { return false; }
-  SK_DEVICE bool candidate(int, int) const { return true; }
+  SK_DEVICE bool for_row(int, int, float) const { return true; }
+  SK_DEVICE bool for_column(int, int, float) const { return true; }
 };
 
 // Row r against column c of a thread's fragment.
@@ -28,12 +29,18 @@ class MixedPairs {
   SK_DEVICE bool positive(int r, int c) const {
     return inside(r, c) && scores_.problem.row.id_of(row(r)) == scores_.problem.column.id_of(column(c));
   }
-  SK_DEVICE bool candidate(int r, int c) const {
-    return inside(r, c) && (positive(r, c) || !scores_.problem.row.ignore ||
-                            scores_.problem.row.ignore[row(r)] != scores_.problem.column.ignore[column(c)]);
+  // Whether the pair counts.
+  SK_DEVICE bool for_row(int r, int c, float logit) const {
+    return inside(r, c) && (positive(r, c) || !(ignored(r, c) || scores_.problem.row.is_above(row(r), logit)));
+  }
+  SK_DEVICE bool for_column(int r, int c, float logit) const {
+    return inside(r, c) && (positive(r, c) || !(ignored(r, c) || scores_.problem.column.is_above(column(c), logit)));
   }
 
  private:
+  SK_DEVICE bool ignored(int r, int c) const {
+    return scores_.problem.row.ignore && scores_.problem.row.ignore[row(r)] == scores_.problem.column.ignore[column(c)];
+  }
   SK_DEVICE bool inside(int r, int c) const {
     return place_.row + F::row(r) < scores_.tile.rows && place_.column + F::column(c) < scores_.tile.columns;
   }
@@ -61,9 +68,9 @@ SK_DEVICE bool any_equal(RowId row_id, ColumnId column_id) {
   return equal;
 }
 
-// Whether all pairs of a warp's part of the tile are plain.
+// Whether all pairs of a warp's part of the tile are plain, by their ids.
 template <class Config>
-SK_DEVICE bool plain_pairs(const Scores& scores, Place place) {
+SK_DEVICE bool plain_ids(const Scores& scores, Place place) {
   const Tile& tile = scores.tile;
   const Side<float>&rows = scores.problem.row, &columns = scores.problem.column;
   // The whole tile has to be there, before ids are read.
@@ -75,6 +82,22 @@ SK_DEVICE bool plain_pairs(const Scores& scores, Place place) {
     mixed |= any_equal<Config>([&](int r) { return rows.ignore[row + r]; },
                                [&](int c) { return columns.ignore[column + c]; });
   return !ptx::any_in_warp(mixed);
+}
+
+// Whether all are. A pair above a ceiling is not. logit_at(r, c): of the thread's fragment.
+template <class Config, class LogitAt>
+SK_DEVICE bool plain_pairs(const Scores& scores, Place place, LogitAt logit_at) {
+  if (!plain_ids<Config>(scores, place)) return false;
+  const Side<float>&rows = scores.problem.row, &columns = scores.problem.column;
+  if (!rows.ceiling) return true;
+  using F = Fragment<Config>;
+  const int64_t row = scores.tile.row + place.row, column = scores.tile.column + place.column;
+  bool above = false;
+  for_pairs<Config>([&](int r, int c) {
+    const float logit = logit_at(r, c);
+    above |= rows.is_above(row + F::row(r), logit) || columns.is_above(column + F::column(c), logit);
+  });
+  return !ptx::any_in_warp(above);
 }
 
 }  // namespace smartclip::cuda

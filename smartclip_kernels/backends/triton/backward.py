@@ -52,6 +52,8 @@ def gradient(
     column_id,
     row_ignore,
     column_ignore,
+    row_ceiling,
+    column_ceiling,
     row_factor,
     column_factor,
     scale,
@@ -116,7 +118,9 @@ def gradient(
 
         u = tile.load_planes(row_anchor, row_size, i, i_inside, ANCHOR)
         v = tile.load_planes(column_anchor, column_size, j, j_inside & BOTH_SIDES, ANCHOR)
-        grad = objective.gradient(OBJECTIVE, logit, u, v, SMOOTHING)
+        for_row = tile.below(logit, row_ceiling, i, n, of_row, of_column, 1)
+        for_column = tile.below(logit, column_ceiling, j, m, of_row, of_column, 0)
+        grad = objective.gradient(OBJECTIVE, for_row, for_column, u, v, SMOOTHING)
         if some:
             # Everything is made again: kept, it would cost registers in the tiles that do not need it.
             of_row, of_column = tile.ids(row_id, column_id, i, j, n, m)

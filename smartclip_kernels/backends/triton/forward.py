@@ -21,6 +21,8 @@ def statistics(
     column_id,
     row_ignore,
     column_ignore,
+    row_ceiling,
+    column_ceiling,
     row_factor,
     column_factor,
     scale,
@@ -63,10 +65,12 @@ def statistics(
         logit = tile.logits(sim, scale, bias, of_row, of_column, row_ignore, column_ignore, i, j, n, m)
         some = tile.any_positive(of_row, of_column)
 
-        state = objective.side_of_tile(OBJECTIVE, logit, of_row, of_column, some, 1, SMOOTHING)
+        for_row = tile.below(logit, row_ceiling, i, n, of_row, of_column, 1)
+        state = objective.side_of_tile(OBJECTIVE, for_row, of_row, of_column, some, 1, SMOOTHING)
         tile.store_planes(row_partials + column_part.to(tl.int64) * n, row_planes, i, i_inside, state, PLANES)
         if BOTH_SIDES:
-            state = objective.side_of_tile(OBJECTIVE, logit, of_row, of_column, some, 0, SMOOTHING)
+            for_column = tile.below(logit, column_ceiling, j, m, of_row, of_column, 0)
+            state = objective.side_of_tile(OBJECTIVE, for_column, of_row, of_column, some, 0, SMOOTHING)
             tile.store_planes(column_partials + row_block.to(tl.int64) * m, column_planes, j, j_inside, state, PLANES)
 
 

@@ -49,7 +49,7 @@ class TritonLaunch(DeviceLaunch):
             forward.statistics,
             tile,
             "statistics",
-            *self._ids(tile),
+            *self._pairs(tile),
             *self._factors(tile),
             self.scale,
             self.bias,
@@ -128,7 +128,7 @@ class TritonLaunch(DeviceLaunch):
             backward.gradient,
             tile,
             "gradient",
-            *self._ids(tile),
+            *self._pairs(tile),
             *self._factors(tile),
             self.scale,
             self.bias,
@@ -159,7 +159,7 @@ class TritonLaunch(DeviceLaunch):
     def run_scores(
         self, what: str, tile: Tile, out: Tensor, strides: tuple[int, ...], first: int, best: Tensor | None
     ) -> None:
-        row_id, column_id, *_ = self._ids(tile)
+        row_id, column_id, *_ = self._pairs(tile)
         self._tile_kernel(
             retrieval.scores,
             tile,
@@ -199,7 +199,8 @@ class TritonLaunch(DeviceLaunch):
                 **constants,
             )
 
-    def _ids(self, tile: Tile) -> tuple[Tensor | None, ...]:
+    def _pairs(self, tile: Tile) -> tuple[Tensor | None, ...]:
+        """What says which pairs are positive, and which count."""
         row, column = self.image, self.text
         return tuple(
             None if x is None else x[panel]
@@ -208,6 +209,8 @@ class TritonLaunch(DeviceLaunch):
                 (column.id, tile.columns),
                 (row.ignore, tile.rows),
                 (column.ignore, tile.columns),
+                (row.ceiling, tile.rows),
+                (column.ceiling, tile.columns),
             )
         )
 

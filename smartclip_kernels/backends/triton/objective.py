@@ -73,12 +73,12 @@ def anchor(OBJECTIVE: tl.constexpr, state, weight, smoothing, tau, least):
 
 
 @triton.jit
-def gradient(OBJECTIVE: tl.constexpr, logit, row, column, SMOOTHING: tl.constexpr):
-    """G of a tile as if no pair were positive, from its logits and both sides' anchors."""
+def gradient(OBJECTIVE: tl.constexpr, for_row, for_column, row, column, SMOOTHING: tl.constexpr):
+    """G of a tile as if no pair were positive, from its logits as either side counts them and both sides' anchors."""
     if OBJECTIVE == "softmax":
-        return _softmax_gradient(logit, row, column, SMOOTHING)
+        return _softmax_part(for_row, row, 1, SMOOTHING) + _softmax_part(for_column, column, 0, SMOOTHING)
     else:
-        return _sigmoid(logit) * row[0][:, None]
+        return _sigmoid(for_row) * row[0][:, None]
 
 
 @triton.jit
@@ -200,11 +200,10 @@ def _softmax_anchor(state, weight, smoothing, tau, least):
 
 
 @triton.jit
-def _softmax_gradient(logit, row, column, SMOOTHING: tl.constexpr):
-    grad = tl.exp(logit - row[0][:, None]) * row[1][:, None]
-    grad += tl.exp(logit - column[0][None, :]) * column[1][None, :]
+def _softmax_part(logit, anchor, axis: tl.constexpr, SMOOTHING: tl.constexpr):
+    grad = tl.exp(logit - tl.expand_dims(anchor[0], axis)) * tl.expand_dims(anchor[1], axis)
     if SMOOTHING:
-        grad = tl.where(logit == LOWEST, 0.0, grad - (row[2][:, None] + column[2][None, :]))
+        grad = tl.where(logit == LOWEST, 0.0, grad - tl.expand_dims(anchor[2], axis))
     return grad
 
 

@@ -147,6 +147,17 @@ def logits(sim, scale, bias, row_id, column_id, row_ignore, column_ignore, i, j,
 
 
 @triton.jit
+def below(logit, ceiling, index, size, row_id, column_id, axis: tl.constexpr):
+    """The logits as anchors along `axis` (1: rows) count them: above their ceiling LOWEST, where not positive."""
+    if ceiling is None:
+        return logit
+    else:
+        # "Is above": a NaN is not.
+        above = logit > tl.expand_dims(tl.load(ceiling + index, mask=index < size, other=0.0), axis)
+        return tl.where(above & (row_id[:, None] != column_id[None, :]), objective.LOWEST, logit)
+
+
+@triton.jit
 def debiasing(tau, scale, bias, index, inside, BLOCK: tl.constexpr):
     """τ of each index (0 where there is none) and β − α, which only a τ needs."""
     if tau is None:
