@@ -83,8 +83,9 @@ def variants(dtypes: tuple[torch.dtype, ...]) -> Iterator[Variant]:
     """Everything that the backend launches for inputs of these dtypes."""
     for dtype, similarity in itertools.product(dtypes, ("dot", "masked_cosine")):
         for kernel, objective in itertools.product(("statistics", "gradient"), OBJECTIVES):
-            for ignore in (False, True):
-                yield Variant(kernel, similarity, objective, dtype, (("ignore", "ignore"),) if ignore else ())
+            yield Variant(kernel, similarity, objective, dtype)
+            for known in ("ignore", "ceiling") if OBJECTIVES[objective].both_sides else ("ignore",):
+                yield Variant(kernel, similarity, objective, dtype, ((known, known),))
         if dtype == torch.float32:
             for kernel in ("statistics", "gradient"):
                 yield Variant(kernel, similarity, "softmax", dtype, (("PRECISION", "tf32"),))
@@ -140,7 +141,7 @@ def _types(variant: Variant) -> dict[str, Any]:
     numbers = "row_factor column_factor scale bias row_partials column_partials partials into losses statistics"
     more = "weight unit tau row_anchor column_anchor column_scores grad_sim x y"
     types: dict[str, Any] = dict.fromkeys(f"{integers} blocks count start size first".split(), "i32")
-    types |= dict.fromkeys(f"{numbers} {more}".split(), "*fp32")
+    types |= dict.fromkeys(f"{numbers} {more} row_ceiling column_ceiling".split(), "*fp32")
     types |= dict.fromkeys(["row_id", "column_id", "row_ignore", "column_ignore"], "*i32")
     types |= dict.fromkeys(("size", "first", "out_stride_n", "out_stride_m", "x_size", "y_size"), "i32")
     outs = {"sim": "*fp32", "ahead": "*i32"}
@@ -152,7 +153,7 @@ def _types(variant: Variant) -> dict[str, Any]:
 
 def _constants(variant: Variant, sizes: config.Config | None) -> dict[str, Any]:
     traits, extra = OBJECTIVES[variant.objective], dict(variant.extra)
-    ignore = extra.pop("ignore", None)
+    absent = [name for name in ("ignore", "ceiling") if extra.pop(name, None) is None]
     constants: dict[str, Any] = {
         "SIMILARITY": variant.similarity,
         "OBJECTIVE": variant.objective,
@@ -171,8 +172,7 @@ def _constants(variant: Variant, sizes: config.Config | None) -> dict[str, Any]:
         **(sizes.constants() if sizes else {}),
         **extra,
     }
-    if ignore is None:
-        constants |= {"row_ignore": None, "column_ignore": None}
+    constants |= dict.fromkeys(f"{side}_{name}" for side in ("row", "column") for name in absent)
     if variant.similarity == "dot":
         constants |= {"row_factor": None, "column_factor": None, "column_scores": None}
     if not variant.half:

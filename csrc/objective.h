@@ -84,6 +84,17 @@ struct Softmax {
     return state.positives != V(0);
   }
 
+  // With a tau, relative to the floor's logit where that is larger, so that g stays finite.
+  template <class V>
+  SK_HOST_DEVICE static State<V> raised(State<V> state, const Target<V>& target) {
+    const auto enough = (target.tau == V(0)) | (target.least <= state.max);
+    const V rescale = select(enough, V(1), exp(state.max - target.least));
+    state.positive_mass = state.positive_mass * rescale;
+    state.other_mass = state.other_mass * rescale;
+    state.max = select(enough, state.max, target.least);
+    return state;
+  }
+
   // g, relative to max as the masses are, and its derivatives. At a tau of 0: the others' mass, bit by bit.
   template <class V>
   struct Negatives {
@@ -104,7 +115,8 @@ struct Softmax {
   // log(1 + negatives / positive) where a lone positive dominates: the general form would round at 1. There, max is
   // subtracted before the logarithm is added: their sum would round at the size of the logits.
   template <class V>
-  SK_HOST_DEVICE static V loss(const State<V>& state, const Target<V>& target) {
+  SK_HOST_DEVICE static V loss(State<V> state, const Target<V>& target) {
+    state = raised(state, target);
     const V smoothing = target.smoothing;
     const auto no_anchor = state.positives == V(0);
     const V positives = select(no_anchor, V(1), state.positives);
@@ -122,7 +134,8 @@ struct Softmax {
   // Of a lone positive P (1 + dg/dP) / (P + g) - 1 is known without cancelling: it is minus what the others' G add up
   // to, or minus g / (P + g) where g is the floor.
   template <class V>
-  SK_HOST_DEVICE static void anchor(const State<V>& state, V weight, const Target<V>& target, V* numbers) {
+  SK_HOST_DEVICE static void anchor(State<V> state, V weight, const Target<V>& target, V* numbers) {
+    state = raised(state, target);
     const V smoothing = target.smoothing;
     const auto no_anchor = state.positives == V(0);
     const auto lone = state.positives == V(1);

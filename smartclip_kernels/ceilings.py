@@ -41,7 +41,7 @@ def best_positives(
 ) -> tuple[Tensor, Tensor]:
     """(N,), (M,): the similarity of every image's and text's best positive, −∞ without one; constants.
 
-    Without ids they are the pairs of rows, N·D. With ids a sweep over all scores for each side.
+    Without ids they are the pairs of rows, N·D. With ids on a GPU a sweep over all scores for each side.
     """
     if ids[0] is None:
         best = paired_best(image, text, mask)

@@ -143,6 +143,8 @@ def debiased_others(logits: Tensor, positive: Tensor, candidate: Tensor, tau: Te
     """
     others = candidate & ~positive
     top = torch.where(candidate.any(1), logits.masked_fill(~candidate, -torch.inf).amax(1), 0).detach()
+    floor_top = least.detach().amax(1) if isinstance(least, Tensor) else top.new_tensor(least)
+    top = torch.where(tau == 0, top, torch.maximum(top, floor_top))
     # Relative to the largest. where() inside, too: a logit that does not count may be larger.
     mass = torch.where(candidate, torch.where(candidate, logits - top[:, None], 0).exp(), 0)
     positive_mean = torch.where(positive, mass, 0).sum(1) / positive.sum(1).clamp(min=1)

@@ -67,6 +67,15 @@ class Softmax:
         merged[2:4] = (states[:, 2:4] * (states[:, 1] - merged[1]).exp()[:, None]).sum(0)
         return merged
 
+    def raised(self, state: Tensor, tau: Tensor | None, least: Tensor | float) -> Tensor:
+        """With a τ, relative to the floor's logit where that is larger, so that g stays finite."""
+        if tau is None:
+            return state
+        enough = (tau == 0) | (least <= state[1])
+        rescale = torch.where(enough, 1, (state[1] - least).exp())
+        planes = state[0], torch.where(enough, state[1], least), *(state[2:4] * rescale), *state[4:]
+        return torch.stack(planes)
+
     def negatives(self, state: Tensor, tau: Tensor | None, least: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """g, relative to max, and its derivatives by the others' mass and by the positives'."""
         positives, largest, positive_mass, other_mass, *_, candidates = state
@@ -84,6 +93,7 @@ class Softmax:
         )
 
     def loss(self, state: Tensor, smoothing: float, tau: Tensor | None = None, least: Tensor | float = 0.0) -> Tensor:
+        state = self.raised(state, tau, least)
         positives, largest, positive_mass, _, total, positive_sum, candidates = state
         negatives, *_ = self.negatives(state, tau, least)
         anchor = positives > 0
@@ -107,6 +117,7 @@ class Softmax:
         tau: Tensor | None = None,
         least: Tensor | float = 0.0,
     ) -> Tensor:
+        state = self.raised(state, tau, least)
         planes = *state, *self.negatives(state, tau, least)
         positives, largest, positive_mass, other_mass, _, _, candidates, *negatives = (x[:, None] for x in planes)
         negative_mass, by_others, by_positives = negatives

@@ -250,6 +250,15 @@ def test_debiased_in_several_tiles(backend: str, set_workspace: Callable[[float]
 
 
 @dtypes
+def test_debiased_far_below_the_floor(backend: str, dtype: torch.dtype) -> None:
+    """Of features that are not of length 1 all logits may lie further below β − α than an exponential reaches."""
+    inputs = make_inputs(40, d=24, dtype=dtype)
+    away = torch.nn.functional.normalize(torch.ones(1, 24)).to(dtype)
+    inputs = replace(inputs, image=inputs.image + 8 * away, text=inputs.text - 8 * away, tau_plus=0.1)
+    check_loss(inputs, "none", backend=backend)
+
+
+@dtypes
 def test_a_tau_of_zero_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
     inputs = make_inputs(70, 61, 24, dtype=dtype, ids=True)
     zero = replace(inputs, tau_plus=(torch.zeros(70), torch.zeros(61)))

@@ -225,6 +225,18 @@ CASES: dict[str, Case] = {
         ValueError,
         ["tau_plus", "above 0", "sigmoid"],
     ),
+    **{
+        f"margin of {value}": (SOFTMAX, {"margin": value}, ValueError, ["margin", str(value), "finite"])
+        for value in (float("inf"), float("nan"))
+    },
+    "margin is a tensor": (SOFTMAX, {"margin": torch.tensor(0.1)}, TypeError, ["margin", "Tensor", "float or None"]),
+    "margin is a truth": (SOFTMAX, {"margin": True}, TypeError, ["margin", "bool", "float or None"]),
+    "a sigmoid takes no margin": (
+        {"smartclip_loss": sk.smartclip_loss},
+        {"objective": "sigmoid", "margin": 0.1},
+        ValueError,
+        ["margin", "0.1", "None", "sigmoid"],
+    ),
     "no direction": (SOFTMAX, {"directions": ()}, ValueError, ["directions", r"\(\)", "'image_to_text'"]),
     "unknown direction": (SOFTMAX, {"directions": ("up",)}, ValueError, ["directions", "'up'", "'text_to_image'"]),
     "a direction twice": (SOFTMAX, {"directions": ("image_to_text",) * 2}, ValueError, ["directions", "one or both"]),

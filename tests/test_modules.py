@@ -91,10 +91,10 @@ def test_ids_and_label_smoothing_reach_the_loss() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
-def test_tau_plus_and_directions_reach_the_loss() -> None:
+def test_what_is_for_the_softmax_reaches_the_loss() -> None:
     image, text, scale, bias = leaves(torch.float64)
     mask = torch.rand(N, D, dtype=torch.float64)
-    options: dict[str, Any] = {"tau_plus": 0.01, "directions": ("text_to_image",)}
+    options: dict[str, Any] = {"tau_plus": 0.01, "margin": 0.1, "directions": ("text_to_image",)}
     for got, of_mask in (
         (ClipLoss(**options)(image, text, scale, bias), None),
         (SmartClipLoss(**options)(image, text, mask, scale, bias), mask),

@@ -62,14 +62,15 @@ def test_opcheck_loss_backward(backend: str, objective: str) -> None:
     torch.library.opcheck(ops.loss_backward.default, (*weights, *saved, *arguments, EVERY, False))
 
 
-def test_opcheck_debiased_in_one_direction(backend: str) -> None:
+def test_opcheck_debiased_and_masked_in_one_direction(backend: str) -> None:
     tau = torch.linspace(0, 0.1, N), torch.linspace(0.1, 0, M)
+    correction = *tau, torch.linspace(-9, 9, N), torch.linspace(9, -9, M)
     arguments = *loss_arguments("softmax", backend)[:-1], 2000  # bytes: no products are kept, whose padding is anything
-    torch.library.opcheck(ops.loss.default, (*arguments, *tau))
-    torch.library.opcheck(ops.reduced_loss.default, (*arguments, "sum", [0.0, 1.0], *tau))
+    torch.library.opcheck(ops.loss.default, (*arguments, *correction))
+    torch.library.opcheck(ops.reduced_loss.default, (*arguments, "sum", [0.0, 1.0], *correction))
     plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    rows, columns, *saved = ops.loss(*plain, *tau)
-    torch.library.opcheck(ops.loss_backward.default, (rows, columns, *saved, *plain, EVERY, False, *tau))
+    rows, columns, *saved = ops.loss(*plain, *correction)
+    torch.library.opcheck(ops.loss_backward.default, (rows, columns, *saved, *plain, EVERY, False, *correction))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -91,6 +92,7 @@ def test_opcheck_retrieval(backend: str, per: str) -> None:
     x = list(tensors(grad=False).values())[:3]
     torch.library.opcheck(ops.masked_topk.default, (*x, 3, per, backend))
     torch.library.opcheck(ops.retrieval_ranks.default, (*x, *ids()[:2], per, backend))
+    torch.library.opcheck(ops.best_positive.default, (*x, *ids()[:2], per, backend))
 
 
 def everything(backend: str) -> Callable[..., Tensor]:
@@ -103,7 +105,7 @@ def everything(backend: str) -> Callable[..., Tensor]:
         loss = (
             loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, dims=(7, 16), **b)
         )
-        debiased: dict[str, Any] = {"tau_plus": 0.05, "directions": ("text_to_image",)}
+        debiased: dict[str, Any] = {"tau_plus": 0.05, "margin": 0.1, "directions": ("text_to_image",)}
         loss = loss + sk.smartclip_loss(image, text, mask, scale, reduction="sum", **debiased, **b)
         loss = loss + sk.smartclip_loss(image, text, mask, scale, bias, objective="sigmoid", **b)
         return loss + sk.masked_similarity(image, text, mask, **b).sum()

@@ -140,6 +140,10 @@ def test_ranks_with_ties(
     expected = reference.ranks(sim.T, positive.T) if per == "text" else reference.ranks(sim, positive)
     assert ranks.dtype == torch.int64
     assert torch.equal(ranks, expected)
+    best = torch.ops.smartclip.best_positive(image, text, given, image_ids, text_ids, per, backend)
+    if given is None:
+        expected = torch.where(positive, sim, -torch.inf).amax(0 if per == "text" else 1)
+        assert torch.equal(best, expected)
     if n == 513 and per == "image":
         assert (ranks == m + 1).any(), "no anchor without a positive was tried"
 
@@ -185,6 +189,8 @@ def test_nan(backend: str, per: Any) -> None:
     expected = reference.ranks(sim.T if per == "text" else sim, torch.eye(30, dtype=torch.bool))
     assert torch.equal(ranks, expected)
     assert ranks[anchor] == 30 and ranks[candidate] == 30
+    best = torch.ops.smartclip.best_positive(image, text, mask, None, None, per, backend)
+    assert best.isnan().nonzero().flatten().tolist() == [4, 9]
 
 
 def test_no_gradient_flows(backend: str) -> None:

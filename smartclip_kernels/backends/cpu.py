@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smartclip_kernels.engine import Side, TiledBackend, reduced, write_sums
 from smartclip_kernels.problem import Problem, Tensors
+from smartclip_kernels.reference import paired_similarity
 from smartclip_kernels.tiles import Method, Tile
 
 _VECTORS = ("id", "ignore", "factor", "tau", "ceiling", "statistics", "loss", "weight", "anchor", "score_gradient")
@@ -111,9 +112,30 @@ METHOD = Method(
 )
 
 
+_PAIRS = 4096  # whose features are gathered at a time
+
+
 class CpuBackend(TiledBackend):
     def __init__(self) -> None:
         super().__init__("cpu", METHOD, CpuLaunch)
+
+    def best_positive(self, problem: Problem, per_text: bool) -> Tensor:
+        """Of the positive pairs alone, which are few: no sweep."""
+        image_ids, text_ids = problem.image_ids, problem.text_ids
+        if image_ids is None or text_ids is None:
+            image_ids = text_ids = torch.arange(problem.n)
+        text_ids, order = text_ids.sort()
+        begin, end = (torch.searchsorted(text_ids, image_ids, right=right) for right in (False, True))
+        count = end - begin
+        image = torch.arange(problem.n).repeat_interleave(count)
+        place = torch.arange(len(image)) - (count.cumsum(0) - count)[image]  # among an image's texts
+        text = order[begin[image] + place]
+        best = problem.scale.new_full((problem.m if per_text else problem.n,), -torch.inf, dtype=problem.dtype)
+        for i, j in zip(image.split(_PAIRS), text.split(_PAIRS), strict=True):
+            mask = None if problem.mask is None else problem.mask[j]
+            sim = paired_similarity(problem.image[i], problem.text[j], mask)
+            best.scatter_reduce_(0, j if per_text else i, sim, "amax")
+        return best
 
     def unavailable(self) -> str:
         try:

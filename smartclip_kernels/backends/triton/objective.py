@@ -152,6 +152,18 @@ def _softmax_merge(a, b):
 
 
 @triton.jit
+def _softmax_raised(state, tau, least):
+    """With a τ, relative to the floor's logit where that is larger, so that g stays finite."""
+    positives, top, positive_mass, other_mass, total, positive_sum, candidates = state
+    enough = (tau == 0.0) | (least <= top)
+    rescale = tl.where(enough, 1.0, tl.exp(top - least))
+    return (
+        positives, tl.where(enough, top, least), positive_mass * rescale, other_mass * rescale,
+        total, positive_sum, candidates,
+    )  # fmt: skip
+
+
+@triton.jit
 def _softmax_negatives(state, tau, least):
     """g, relative to max, and its derivatives by the others' mass and by the positives'. At a tau of 0: the former."""
     positives, top, positive_mass, other_mass, _, _, candidates = state
@@ -168,6 +180,7 @@ def _softmax_negatives(state, tau, least):
 @triton.jit
 def _softmax_loss(state, smoothing, tau, least):
     """log(1 + negatives/positive) where a lone positive dominates: the general form would round at 1."""
+    state = _softmax_raised(state, tau, least)
     positives, top, positive_mass, _, total, positive_sum, candidates = state
     negatives, _, _ = _softmax_negatives(state, tau, least)
     count = tl.where(positives == 0.0, 1.0, positives)
@@ -186,6 +199,7 @@ def _softmax_anchor(state, weight, smoothing, tau, least):
     Of a lone positive G is known without cancelling: nothing of e^{s − max}, and minus the others' probability, or
     minus g / (P + g) where g is the floor.
     """
+    state = _softmax_raised(state, tau, least)
     positives, top, positive_mass, other_mass, _, _, candidates = state
     negatives, by_others, by_positives = _softmax_negatives(state, tau, least)
     none, lone = positives == 0.0, positives == 1.0
