@@ -6,9 +6,9 @@
 
     trainer = SentenceTransformerTrainer(model, train_dataset=data, loss=CachedMultipleNegativesRankingLoss(model))
 
-The classes derive from sentence-transformers': constructor, configuration, embedding, gradient caching and gathering
-are its own, what becomes of the embeddings is `sk.clip_loss`. No score is held, so the cached loss needs no
-mini-batches for that stage.
+The classes derive from sentence-transformers': constructor, configuration, embedding and gradient caching are its own,
+what becomes of the embeddings is `sk.clip_loss`. No score is held, so the cached loss needs no mini-batches for that
+stage. `gather_across_devices` is its `group`, all ranks; as in the original, a rank returns the mean over its own rows.
 
 With q_i a query, d_i its document and s the scaled similarities, a loss is a combination of softmaxes of an anchor over
 its candidates, each less s(q_i, d_i), which is a candidate of both:
@@ -23,11 +23,11 @@ scales in one softmax), similarities other than cosine and dot product.
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 import smartclip_kernels as sk
@@ -111,36 +111,43 @@ def _ranking_loss(loss: Any, queries: Tensor, documents: list[Tensor]) -> Tensor
     _check(loss)
     if _normalises(loss):
         queries, *documents = (F.normalize(x, dim=-1) for x in (queries, *documents))
-    count, first = len(queries), 0
-    if loss.gather_across_devices:
-        queries, *documents = (util.all_gather_with_grad(x) for x in (queries, *documents))
-        first = util.get_rank() * count
-    own = slice(first, first + count)
     pair = torch.arange(len(queries), device=queries.device)
+    group = None
+    if loss.gather_across_devices and distributed.is_available() and distributed.is_initialized():
+        group = distributed.group.WORLD
+        pair = pair * distributed.get_world_size() + distributed.get_rank()  # a number of this rank's alone
     nobody = torch.full_like(pair, -1)
     # Candidates, whose they are, and whom they are kept from.
     answers = [(documents[0], pair, nobody), *((x, nobody, nobody) for x in documents[1:])]
+    questions = [(queries, pair, nobody)]
     if "query_to_query" in loss.directions:
         answers.append((queries, nobody, pair))
-    a, documents_against_queries = _softmaxes(queries[own], answers, pair[own], loss.scale)
+    if "doc_to_doc" in loss.directions:
+        questions += [(x, nobody, pair) for x in documents]
+    softmaxes = partial(_softmaxes, scale=loss.scale, group=group)
     if "doc_to_query" not in loss.directions:
+        (a,) = softmaxes(queries, pair, answers, ["image_to_text"])
         return a.mean()
-    if set(loss.directions) == {"query_to_doc", "doc_to_query"} and len(queries) == count:
-        b = documents_against_queries[:count]  # the same scores, by columns
+    if set(loss.directions) == {"query_to_doc", "doc_to_query"}:  # the same scores, by columns
+        a, b = softmaxes(queries, pair, answers, ["image_to_text", "text_to_image"])
+        b = b[: len(queries)]
     else:
-        questions = [(queries, pair, nobody)]
-        if "doc_to_doc" in loss.directions:
-            questions += [(x, nobody, pair) for x in documents]
-        b, _ = _softmaxes(documents[0][own], questions, pair[own], loss.scale)
+        (a,) = softmaxes(queries, pair, answers, ["image_to_text"])
+        (b,) = softmaxes(documents[0], pair, questions, ["image_to_text"])
     return (torch.logaddexp(a, b) if loss.partition_mode == "joint" else (a + b) / 2).mean()
 
 
 def _softmaxes(
-    anchors: Tensor, candidates: list[tuple[Tensor, Tensor, Tensor]], ids: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """log Σ e^s − s(positive) of every anchor, and of every candidate that is somebody's positive."""
+    anchors: Tensor,
+    ids: Tensor,
+    candidates: list[tuple[Tensor, Tensor, Tensor]],
+    directions: list[Any],
+    scale: float,
+    group: distributed.ProcessGroup | None,
+) -> tuple[Tensor, ...]:
+    """log Σ e^s − s(positive) of every anchor; by columns, of every candidate that is somebody's positive (else 0)."""
     features, of_candidates, ignored = (torch.cat(x) for x in zip(*candidates, strict=True))
-    rows, columns = sk.clip_loss(
+    found = sk.clip_loss(
         anchors,
         features,
         scale,
@@ -148,5 +155,7 @@ def _softmaxes(
         text_ids=of_candidates,
         ignore_ids=(ids, ignored),
         reduction="none",
+        directions=directions,
+        group=group,
     )
-    return rows, columns
+    return found if isinstance(found, tuple) else (found,)

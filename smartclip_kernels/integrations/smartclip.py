@@ -4,7 +4,7 @@
 
     from smartclip_kernels.integrations.smartclip import attach_mask_head, encode_text_with_mask
 
-    model = attach_mask_head(model)  # open_clip's CLIP or CustomTextCLIP; transformers' CLIPModel or SiglipModel
+    model = attach_mask_head(model)  # open_clip's CLIP, CustomTextCLIP or CoCa; transformers' CLIPModel or SiglipModel
     loss = sk.SmartClipLoss(sparsity_weight=0.1)
     loss(**model(images, tokens), output_dict=True)  # open_clip's own training loop does just that
 
@@ -41,7 +41,7 @@ def attach_mask_head(model: Model, head: MaskHead | None = None, **options: Any)
     """Give a CLIP a ``mask_head``, over the token states of its text tower. Before it is wrapped or compiled.
 
     Args:
-        model: open_clip's CLIP or CustomTextCLIP (towers of its own or of Hugging Face), or a dual encoder of
+        model: open_clip's CLIP, CustomTextCLIP or CoCa (towers of its own or of Hugging Face), or a dual encoder of
             transformers with a `text_model`. Its parameters stay as they are.
         head: default: a new one, ``MaskHead(width, embed_dim, initial_std=0.01, **options)``, whose hard masks are all
             ones at the start.
@@ -155,12 +155,13 @@ class _Watch:
         self.of_transformers = hasattr(model, "get_text_features") and hasattr(model, "text_model")
         open_clip = hasattr(model, "visual") and hasattr(model, "encode_text")
         self.hugging_face_tower = open_clip and hasattr(tower, "pooler") and hasattr(tower, "config")
-        # CoCa normalises what it pooled, after which no token states are left.
-        normalised = hasattr(tower, "ln_final") and getattr(tower, "cls_emb", None) is None
-        if not (self.of_transformers or (open_clip and (self.hugging_face_tower or normalised))):
+        # CoCa's tower appends a class token and normalises that alone, so states come from before `ln_final`: they are
+        # one more than tokens, and of any size, which a head's own normalisation takes care of.
+        self.class_token = open_clip and getattr(tower, "cls_emb", None) is not None
+        if not (self.of_transformers or (open_clip and (self.hugging_face_tower or hasattr(tower, "ln_final")))):
             raise TypeError(
-                f"model: got {type(model).__module__}.{type(model).__qualname__}, needs open_clip's CLIP or "
-                "CustomTextCLIP, or a dual encoder of transformers (CLIPModel, SiglipModel, Siglip2Model)"
+                f"model: got {type(model).__module__}.{type(model).__qualname__}, needs open_clip's CLIP, "
+                "CustomTextCLIP or CoCa, or a dual encoder of transformers (CLIPModel, SiglipModel, Siglip2Model)"
             )
         self.listening = False
         self.states: Tensor | None = None
@@ -170,7 +171,7 @@ class _Watch:
         if self.of_transformers:
             return model.text_model
         tower = getattr(model, "text", model)
-        return tower.transformer if self.hugging_face_tower else tower.ln_final
+        return tower.transformer if self.hugging_face_tower or self.class_token else tower.ln_final
 
     def encode(self, model: Any) -> Any:
         return model.get_text_features if self.of_transformers else model.encode_text
@@ -180,12 +181,14 @@ class _Watch:
         return output if isinstance(output, Tensor) else output.pooler_output
 
     def padding(self, model: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-        """(M, T) bool, True behind a text's end, where the model has a way of saying so."""
+        """(M, states of a text) bool, True behind its end, where the model has a way of saying so."""
         if self.of_transformers:
             attended = arguments.get("attention_mask")
             return None if attended is None else attended == 0
         tokens, tower = arguments["text"], getattr(model, "text", model)
         pool = getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "")
+        if self.class_token:
+            return F.pad(tokens == tower.pad_id, (0, 1), value=False)
         if pool == "argmax":  # the end of a text is the largest token; 0 may be one of its words
             return torch.arange(tokens.shape[1], device=tokens.device) > tokens.argmax(1, keepdim=True)
         return tokens == (tower.config.pad_token_id if self.hugging_face_tower else getattr(tower, "pad_id", 0))

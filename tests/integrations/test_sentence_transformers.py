@@ -29,6 +29,7 @@ FUSED = [x for x in ALL if "doc_to_doc" not in x or "doc_to_query" in x]
 OPTIONS: list[dict[str, Any]] = [{"directions": x} for x in FUSED]
 OPTIONS += [{"directions": x, "partition_mode": "per_direction"} for x in (ALL[0], ("doc_to_query", "query_to_doc"))]
 WORDS = [f"w{i}" for i in range(40)]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @cache
@@ -105,22 +106,93 @@ def test_same_numbers(options: Any, negatives: int, similarity: Any, model: Any)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_cached_and_through_the_model(options: Any, model: Any) -> None:
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+def test_cached_and_through_the_model(options: Any, negatives: int, model: Any) -> None:
     """float32, as trained: both losses, forward and through the encoder, uneven mini-batches."""
-    inputs = features(model, 11, 1)
-    expected, wanted = run(theirs.MultipleNegativesRankingLoss(model, **options), inputs)
-    cached = {"mini_batch_size": 4, **options}
-    losses = [
-        fast.MultipleNegativesRankingLoss(model, **options),
-        fast.CachedMultipleNegativesRankingLoss(model, **cached),
-    ]
-    for loss in losses:
-        got, grads = run(loss, inputs)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-        for mine, other in zip(grads, wanted, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * max(1.0, float(other.abs().max())))
+    inputs = features(model, 11, negatives)
+    expected = run(theirs.MultipleNegativesRankingLoss(model, **options), inputs)
+    cached = fast.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4, **options)
+    close(run(fast.MultipleNegativesRankingLoss(model, **options), inputs), expected)
+    close(run(cached, inputs), expected)
     with torch.no_grad():
-        torch.testing.assert_close(losses[1](inputs, None), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cached(inputs, None), expected[0], rtol=1e-5, atol=1e-5)
+
+
+def close(got: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]], factor: float = 1.0) -> None:
+    """A float32 loss and its gradients, `factor` times those that were expected."""
+    torch.testing.assert_close(got[0], expected[0] * factor, rtol=1e-5, atol=1e-5 * factor)
+    for mine, other in zip(got[1], expected[1], strict=True):
+        largest = float(other.abs().max())
+        torch.testing.assert_close(mine, other * factor, rtol=1e-4, atol=1e-5 * factor * max(1.0, largest))
+
+
+def test_cached_by_a_budget_of_tokens(model: Any) -> None:
+    """Mini-batches of uneven numbers of rows."""
+    inputs, options = features(model, 13, 1), {"directions": ALL[-1]}
+    expected = run(theirs.MultipleNegativesRankingLoss(model, **options), inputs)
+    loss = fast.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=11, **options)
+    rows: list[list[int]] = []
+    calculate = loss.calculate_loss
+
+    def watched(reps: Any, *arguments: Any, **more: Any) -> Tensor:
+        rows.extend([len(x) for x in column] for column in reps)
+        return calculate(reps, *arguments, **more)
+
+    loss.calculate_loss = watched
+    close(run(loss, inputs), expected)
+    assert all(len(set(column)) > 1 for column in rows)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
+def test_cached_gradients_are_scaled_and_add_up(options: Any, model: Any) -> None:
+    """What a GradScaler and gradient accumulation do, with both forward passes before either goes backward."""
+    batches = [features(model, 7, 1), features(model, 5, 1)]
+    original = theirs.MultipleNegativesRankingLoss(model, **options)
+    loss = fast.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3, **options)
+    alone = [run(original, batch) for batch in batches]
+    for factor in (1024.0, 2.0**16):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=factor)
+        scaled = scaler.scale(loss(batches[0], None))
+        scaled.backward()
+        close((scaled.detach(), [x.grad for x in model.parameters() if x.grad is not None]), alone[0], factor)
+    model.zero_grad()
+    first, second = (loss(batch, None) for batch in batches)
+    (second / 2).backward()
+    (first / 2).backward()
+    grads = [x.grad for x in model.parameters() if x.grad is not None]
+    both = [(x + y) / 2 for x, y in zip(alone[0][1], alone[1][1], strict=True)]
+    close((first.detach(), grads), (alone[0][0], both))
+
+
+@pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_evaluation(name: str, without: Any, model: Any) -> None:
+    inputs = features(model, 9, 1)
+    with without():
+        got = getattr(fast, name)(model)(inputs, None)
+        expected = getattr(theirs, name)(model)(inputs, None)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
+def test_under_autocast(name: str, files: str) -> None:
+    """Embeddings in bfloat16: the loss is no more than they were rounded, the gradients are theirs to bfloat16."""
+    model = make_model(files).eval()
+    model.append(modules.Dense(32, 32))  # ends in bfloat16, where a LayerNorm would in float32
+    inputs = features(model, 9, 1)
+    exact, wanted = run(theirs.MultipleNegativesRankingLoss(model), inputs)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = getattr(fast, name)(model)(inputs, None)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), exact, rtol=0, atol=0.05)
+    grads = [x.grad for x in model.parameters() if x.grad is not None]
+    largest = max(float(x.abs().max()) for x in wanted)
+    for x, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(x, other, rtol=0, atol=0.05 * float(other.abs().max()) + 1e-4 * largest)
 
 
 @pytest.mark.parametrize("name", ["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss"])
@@ -260,30 +332,50 @@ TWO_RANKS = """
 import sys
 import torch
 from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 from sentence_transformers.sentence_transformer import losses as theirs
 from smartclip_kernels.integrations import sentence_transformers as fast
+from tests.integrations import test_sentence_transformers as tests
 
-FUSED = eval(sys.argv[2])
-
-def work(rank, store):
-    distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+def gathered(rank):
     torch.manual_seed(rank)
     inputs = [torch.randn(5, 6, dtype=torch.float64).requires_grad_() for _ in range(3)]
-    for directions in FUSED:
+    for options in tests.OPTIONS:
         found = []
         for where in (fast, theirs):
-            options = dict(directions=directions, gather_across_devices=True)
-            loss = where.MultipleNegativesRankingLoss(torch.nn.Identity(), **options)
+            loss = where.MultipleNegativesRankingLoss(torch.nn.Identity(), gather_across_devices=True, **options)
             value = loss.compute_loss_from_embeddings(inputs, None)
             found.append([value, *torch.autograd.grad(value, inputs)])
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+def cached(rank):
+    model = tests.make_model(sys.argv[2]).eval()
+    inputs = tests.features(model, 10, 1)
+    own = slice(5 * rank, 5 * rank + 5)
+    mine = [{k: x[own] if torch.is_tensor(x) else x for k, x in column.items()} for column in inputs]
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)  # BERT has a pooler, which is not used
+    for options in (tests.OPTIONS[3], tests.OPTIONS[-1]):
+        with wrapped.no_sync():
+            expected = tests.run(theirs.MultipleNegativesRankingLoss(model, **options), inputs)
+        loss = fast.CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=2, gather_across_devices=True, **options
+        )
+        loss.model = wrapped
+        value, grads = tests.run(loss, mine)
+        distributed.all_reduce(value)
+        tests.close((value / 2, grads), expected)
+
+def work(rank, store):
+    distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    gathered(rank)
+    cached(rank)
     distributed.destroy_process_group()
 
 multiprocessing.start_processes(work, (sys.argv[1],), nprocs=2, start_method="fork")
 """
 
 
-@pytest.mark.slow
-def test_gathered_across_two_ranks(tmp_path: Path, run_python: Run) -> None:
-    done = run_python(TWO_RANKS, str(tmp_path / "store"), repr(FUSED), timeout=120, OMP_NUM_THREADS="1")
+def test_two_ranks(files: str, tmp_path: Path, run_python: Run) -> None:
+    """Gathered, the original's numbers; cached under DDP, those of one process with the whole batch."""
+    done = run_python(TWO_RANKS, str(tmp_path / "store"), files, timeout=120, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr

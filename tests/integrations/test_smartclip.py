@@ -29,6 +29,7 @@ KINDS = (
     "open_clip custom_text",
     "open_clip hugging_face",
     "open_clip siglip",
+    "open_clip coca",
     "transformers clip",
     "transformers siglip",
 )
@@ -46,7 +47,7 @@ def make(kind: str) -> Any:
 
 def batch(kind: str, count: int = N, seed: int = 0) -> dict[str, Any]:
     if kind.startswith("open_clip"):
-        image, text = pairs(count, seed)
+        image, text = pairs(count, seed, CONTEXT - 1 if kind.endswith("coca") else CONTEXT)
         return {"image": image, "text": text}
     return {**transformers_batch(kind.split()[1], count, seed), "return_logits": False}
 
@@ -87,7 +88,8 @@ def test_at_the_start_it_is_clip(kind: str) -> None:
     assert torch.equal(mask_again, mask)
 
 
-@pytest.mark.parametrize("kind", KINDS[:-1])  # SigLIP's text tower itself looks at padding
+# SigLIP's text tower itself looks at padding, and CoCa's at the place of its class token.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("open_clip coca", "transformers siglip")])
 def test_padding_is_not_read(kind: str) -> None:
     """Texts of three tokens, and what stands behind their end."""
     model = attach_mask_head(make(kind), hard=False, initial_std=1.0)
@@ -101,6 +103,25 @@ def test_padding_is_not_read(kind: str) -> None:
             inputs = {"input_ids": inputs["text"], "attention_mask": attended}
         found.append(encode_text_with_mask(model, **inputs))
     torch.testing.assert_close(*found)
+
+
+def test_cocas_class_token_is_read_and_its_padding_is_not() -> None:
+    """Changes where a text's states are made show in its mask, or do not."""
+    model, text = attach_mask_head(make("open_clip coca"), hard=False, initial_std=1.0), pairs(6, 0, CONTEXT - 1)[1]
+    _, plain = encode_text_with_mask(model, text)
+    places = {"padding": text == 0, "words": text != 0, "the class token": torch.zeros_like(text, dtype=torch.bool)}
+    for name, place in places.items():
+        at = F.pad(place, (0, 1), value=name == "the class token")
+
+        def change(module: Any, args: Any, states: Tensor, at: Tensor = at) -> Tensor:
+            assert states.shape[:2] == at.shape
+            return states + at[:, :, None] * torch.randn_like(states)
+
+        handle = model.text.transformer.register_forward_hook(change, prepend=True)
+        _, mask = encode_text_with_mask(model, text)
+        handle.remove()
+        same = [bool(torch.equal(x, y)) for x, y in zip(mask, plain, strict=True)]
+        assert same == [name == "padding"] * len(text), name
 
 
 @kinds
@@ -183,6 +204,9 @@ def test_the_head_is_saved_alone(kind: str, tmp_path: Path) -> None:
 
 
 def test_images_alone_get_no_mask_of_an_earlier_call() -> None:
+    coca = attach_mask_head(open_clip_model("coca"))
+    encode_text_with_mask(coca, pairs(3, 0, CONTEXT - 1)[1])
+    assert "text_mask" not in coca(image=pairs(3)[0])
     model = attach_mask_head(open_clip_model())
     image, text = pairs(3)
     model.encode_text(text)
@@ -201,7 +225,6 @@ def test_images_alone_get_no_mask_of_an_earlier_call() -> None:
     ("make_it", "error", "says"),
     [
         (lambda: attach_mask_head(torch.nn.Linear(2, 2)), TypeError, "model: got torch.nn.modules.linear.Linear"),
-        (lambda: attach_mask_head(open_clip_model("coca")), TypeError, "model: got open_clip.coca_model.CoCa"),
         (lambda: attach_mask_head(attach_mask_head(open_clip_model())), ValueError, "one head a model"),
         (lambda: attach_mask_head(open_clip_model(), sk.MaskHead(32, 25)), ValueError, "needs 32 and 24"),
         (lambda: attach_mask_head(open_clip_model(), sk.MaskHead(32, 24), hard=False), ValueError, "options: got hard"),

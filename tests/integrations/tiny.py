@@ -26,9 +26,9 @@ def open_clip_model(kind: str = "clip", seed: int = 0, **options: Any) -> Any:
         text.context_length = CONTEXT - 1
         decoder = MultimodalCfg(context_length=CONTEXT - 1, vocab_size=VOCABULARY, width=32, heads=2, layers=1)
         coca = CoCa(multimodal_cfg=decoder, **(options | {"embed_dim": 32}))
-        for x in coca.parameters():  # open_clip leaves some as it finds the memory
-            if x.dim():
-                nn.init.normal_(x, std=0.1)
+        for name, x in coca.named_parameters():  # open_clip leaves some as it finds the memory
+            if x.dim() and ".ln_" not in name:
+                nn.init.normal_(x, std=0.2)
         return coca
     if kind in ("custom_text", "hugging_face"):
         model = CustomTextCLIP(output_dict=True, **options)
