@@ -16,9 +16,14 @@ its candidates, each less s(q_i, d_i), which is a candidate of both:
 - A_i = log Σ e^s(q_i, ·) − s(q_i, d_i), over all documents, and with "query_to_query" over the other queries
 - B_i = log Σ e^s(d_i, ·) − s(q_i, d_i), over all queries, and with "doc_to_doc" over the other queries' documents
 
-"joint" is log(e^A_i + e^B_i), "per_direction" ½(A_i + B_i), and A_i where only queries are anchors. What does not fit
-is refused with a `ValueError`: "doc_to_doc" without "doc_to_query" (B_i has no s(q_i, d_i)), hardness weights (two
-scales in one softmax), similarities other than cosine and dot product.
+"joint" is log(e^A_i + e^B_i), "per_direction" ½(A_i + B_i), and A_i where only queries are anchors.
+
+Hardness of strength h adds h times the similarity, a constant, to the logits of some negatives of a query. Where they
+are other pairs' documents, their scale is s + h and their gradient's s; a pair's own hard negatives, a few, are scored
+one by one beside them.
+
+What does not fit is refused with a `ValueError`: "doc_to_doc" without "doc_to_query" (B_i has no s(q_i, d_i)),
+"query_to_query" beside harder documents (two scales in one softmax), similarities other than cosine and dot product.
 """
 
 from __future__ import annotations
@@ -89,10 +94,10 @@ def _check(loss: Any) -> None:
             f"directions: got {loss.directions}, needs 'doc_to_query' beside 'doc_to_doc': without it a document's "
             "softmax has no positive, and no fused form"
         )
-    if loss.hardness_mode is not None and loss.hardness_strength > 0:
+    if "query_to_query" in loss.directions and _hardness(loss, "in_batch_negatives"):
         raise ValueError(
-            f"hardness_mode: got {loss.hardness_mode!r} with hardness_strength {loss.hardness_strength}, needs None: "
-            "negatives with a scale of their own have no fused form"
+            f"hardness_mode: got {loss.hardness_mode!r} with 'query_to_query' among the directions, needs None or "
+            "'hard_negatives' there: queries and documents of two scales in one softmax have no fused form"
         )
     _normalises(loss)
 
@@ -105,6 +110,12 @@ def _normalises(loss: Any) -> bool:
     if function not in (util.cos_sim, util.pytorch_cos_sim, util.dot_score):
         raise ValueError(f"similarity_fct: got {util.similarity_fct_name(function)}, needs util.cos_sim or dot_score")
     return function is not util.dot_score
+
+
+def _hardness(loss: Any, negatives: str) -> float:
+    """Of "in_batch_negatives", other pairs' documents, or of "hard_negatives", a pair's own."""
+    on = loss.hardness_mode in (negatives, "all_negatives")
+    return float(loss.hardness_strength) if on else 0.0
 
 
 def _ranking_loss(loss: Any, queries: Tensor, documents: list[Tensor]) -> Tensor:
@@ -125,16 +136,54 @@ def _ranking_loss(loss: Any, queries: Tensor, documents: list[Tensor]) -> Tensor
     if "doc_to_doc" in loss.directions:
         questions += [(x, nobody, pair) for x in documents]
     softmaxes = partial(_softmaxes, scale=loss.scale, group=group)
-    if "doc_to_query" not in loss.directions:
+    if loss.hardness_mode is not None and loss.hardness_strength > 0:
+        a = _hard_softmax(loss, queries, pair, documents, answers, group)
+        if "doc_to_query" not in loss.directions:
+            return a.mean()
+        (b,) = softmaxes(documents[0], pair, questions, ["image_to_text"])
+    elif "doc_to_query" not in loss.directions:
         (a,) = softmaxes(queries, pair, answers, ["image_to_text"])
         return a.mean()
-    if set(loss.directions) == {"query_to_doc", "doc_to_query"}:  # the same scores, by columns
+    elif set(loss.directions) == {"query_to_doc", "doc_to_query"}:  # the same scores, by columns
         a, b = softmaxes(queries, pair, answers, ["image_to_text", "text_to_image"])
         b = b[: len(queries)]
     else:
         (a,) = softmaxes(queries, pair, answers, ["image_to_text"])
         (b,) = softmaxes(documents[0], pair, questions, ["image_to_text"])
     return (torch.logaddexp(a, b) if loss.partition_mode == "joint" else (a + b) / 2).mean()
+
+
+def _hard_softmax(
+    loss: Any,
+    queries: Tensor,
+    ids: Tensor,
+    documents: list[Tensor],
+    answers: list[tuple[Tensor, Tensor, Tensor]],
+    group: distributed.ProcessGroup | None,
+) -> Tensor:
+    """A_i where logits of negatives have h · similarity more: log(1 + Σ e^(s_ij + h_ij) / e^s(positive))."""
+    scale, of_others, of_own = loss.scale, *(_hardness(loss, x) for x in ("in_batch_negatives", "hard_negatives"))
+    positive = (queries * documents[0]).sum(1)
+    own = None
+    if of_own != of_others and len(documents) > 1:  # their own are kept from them, and added one by one
+        answers = [(x, whose, ids if k and k < len(documents) else kept) for k, (x, whose, kept) in enumerate(answers)]
+        own = torch.stack([(queries * x).sum(1) for x in documents[1:]], dim=1)
+        own = (scale * (own - positive[:, None]) + of_own * own.detach()).logsumexp(1)
+    share = scale / (scale + of_others)
+    harder = [(_slowed(x, share), whose, kept) for x, whose, kept in answers]
+    (a,) = _softmaxes(_slowed(queries, share), ids, harder, ["image_to_text"], scale + of_others, group)
+    # log Σ e^(…) over the others, less the positive's. Nobody there: −∞, whose gradient is none.
+    some = a > 0
+    others = torch.where(some, a + (-torch.expm1(-torch.where(some, a, 1))).log(), -torch.inf)
+    others = others + of_others * positive.detach()
+    if own is not None:
+        others = torch.logaddexp(others, own)
+    return torch.logaddexp(others, torch.zeros_like(others))
+
+
+def _slowed(x: Tensor, share: float) -> Tensor:
+    """x, of whose gradient a share goes on."""
+    return x if share == 1 else x.detach() + share * (x - x.detach())
 
 
 def _softmaxes(

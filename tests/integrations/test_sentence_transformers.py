@@ -28,6 +28,17 @@ ALL = [("query_to_doc", *more) for count in range(4) for more in combinations(MO
 FUSED = [x for x in ALL if "doc_to_doc" not in x or "doc_to_query" in x]
 OPTIONS: list[dict[str, Any]] = [{"directions": x} for x in FUSED]
 OPTIONS += [{"directions": x, "partition_mode": "per_direction"} for x in (ALL[0], ("doc_to_query", "query_to_doc"))]
+HARDER = ("in_batch_negatives", "all_negatives")  # of other pairs
+HARD = [
+    {"hardness_mode": mode, "hardness_strength": 5.0, "directions": directions}
+    for mode in (*HARDER, "hard_negatives")
+    for directions in (ALL[0], ("query_to_doc", "doc_to_query"), ("query_to_doc", "doc_to_query", "doc_to_doc"))
+]
+OPTIONS += HARD
+OPTIONS += [
+    HARD[-1] | {"directions": ("query_to_doc", "query_to_query")},
+    HARD[1] | {"partition_mode": "per_direction"},
+]
 WORDS = [f"w{i}" for i in range(40)]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,8 +107,11 @@ def run(loss: Any, inputs: Any) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("similarity", [cos_sim, dot_score])
 def test_same_numbers(options: Any, negatives: int, similarity: Any, model: Any) -> None:
-    options = {"scale": 7.0, "similarity_fct": similarity, **options}
-    inputs = columns(negatives)
+    same_numbers(columns(negatives), model, {"similarity_fct": similarity, **options})
+
+
+def same_numbers(inputs: list[Tensor], model: Any, options: dict[str, Any]) -> None:
+    options = {"scale": 7.0, **options}
     found = []
     for where in (fast, theirs):
         loss = where.MultipleNegativesRankingLoss(model, **options).compute_loss_from_embeddings(inputs, None)
@@ -221,14 +235,14 @@ def test_what_has_no_fused_form_is_refused(name: str, model: Any) -> None:
         if directions not in FUSED:
             with pytest.raises(ValueError, match=r"directions: got .*doc_to_doc.*needs 'doc_to_query'"):
                 make(model, directions=directions)
-    for mode in ("in_batch_negatives", "hard_negatives", "all_negatives"):
+    for mode in HARDER:
         with pytest.raises(ValueError, match=f"hardness_mode: got '{mode}'"):
-            make(model, hardness_mode=mode, hardness_strength=5.0)
+            make(model, hardness_mode=mode, hardness_strength=5.0, directions=("query_to_doc", "query_to_query"))
     with pytest.raises(ValueError, match="similarity_fct: got euclidean_sim"):
         make(model, similarity_fct=euclidean_sim)
     changes: list[dict[str, Any]] = [
         {"similarity_fct": euclidean_sim},
-        {"hardness_mode": "all_negatives", "hardness_strength": 1.0},
+        {"hardness_mode": "all_negatives", "hardness_strength": 1.0, "directions": ("query_to_doc", "query_to_query")},
         {"directions": ("query_to_doc", "doc_to_doc")},
     ]
     for options in changes:  # after construction
@@ -237,6 +251,16 @@ def test_what_has_no_fused_form_is_refused(name: str, model: Any) -> None:
             setattr(loss, option, value)
         with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
             loss(features(model, 3, 0), None)
+
+
+def test_a_batch_without_other_pairs(model: Any) -> None:
+    """Nobody there to be harder, or only the pair's own; and a positive that is certain."""
+    for options in HARD:
+        for negatives in (0, 1):
+            inputs = columns(negatives, count=1)
+            same_numbers(inputs, model, options)
+    certain = [x.clone().requires_grad_() for x in (torch.eye(4, dtype=torch.float64),) * 2]
+    same_numbers(certain, model, HARD[0] | {"scale": 2000.0})
 
 
 def test_the_models_own_similarity(model: Any) -> None:
