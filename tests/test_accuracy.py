@@ -304,9 +304,11 @@ def assert_masks_either_side(inputs: Inputs) -> None:
 
 
 def test_masked_by_a_margin_in_several_tiles(backend: str, set_workspace: Callable[[float], None]) -> None:
-    """Most tiles have no pair above a bound, some have."""
+    """Most chunks of them have no pair above a bound, some have."""
     set_workspace(0.25)
-    check_loss(testing.clear_margin(make_inputs(300, 277, 64), 0.2), backend=backend)
+    inputs = testing.clear_margin(make_inputs(300, 277, 64), -0.2)
+    assert_masks_either_side(inputs)
+    check_loss(inputs, backend=backend)
 
 
 @dtypes
