@@ -303,10 +303,14 @@ def assert_masks_either_side(inputs: Inputs) -> None:
         assert (what & ~positive).any()
 
 
-def test_masked_by_a_margin_in_several_tiles(backend: str, set_workspace: Callable[[float], None]) -> None:
-    """Most chunks of them have no pair above a bound, some have."""
+@dtypes
+@pytest.mark.parametrize("m", [300, 277])
+def test_masked_by_a_margin_in_several_tiles(
+    backend: str, dtype: torch.dtype, m: int, set_workspace: Callable[[float], None]
+) -> None:
+    """Parts of them without a positive, as most are, and without a pair above a bound, or with some."""
     set_workspace(0.25)
-    inputs = testing.clear_margin(make_inputs(300, 277, 64), -0.2)
+    inputs = testing.clear_margin(make_inputs(300, m, 64, dtype=dtype), -0.2)
     assert_masks_either_side(inputs)
     check_loss(inputs, backend=backend)
 

@@ -66,6 +66,7 @@ torch.use_deterministic_algorithms(True)
 inputs = make_inputs(140, 600, 328, dtype=torch.bfloat16)
 check_loss(inputs, backend="cuda")
 check_loss(clear_margin(inputs, -0.35), backend="cuda")
+check_loss(clear_margin(make_inputs(256, d=72, dtype=torch.bfloat16), -0.25), backend="cuda")  # few positives
 # Rows side by side whose logits are all near 100 and all near -100.
 way = torch.nn.functional.normalize(torch.ones(1, 328), dim=1)
 image, text = (way + 0.1 * x.float() for x in (inputs.image, inputs.text))
