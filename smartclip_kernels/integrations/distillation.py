@@ -145,10 +145,11 @@ def _gradients(ctx: Any, grad_contrastive: Tensor, grad_distill: Tensor) -> list
     image, text, scale, teacher_image, teacher_text, teacher_scale, *statistics = ctx.saved_tensors
     row_student, row_teacher, column_student, column_teacher = statistics
     first_text, both_sides = ctx.constants
-    grad_image, grad_text, grad_scale = (
-        torch.zeros_like(x, dtype=scale.dtype) if need else None
-        for x, need in zip((image, text, scale), ctx.needs_input_grad, strict=False)
-    )
+    needs_image, needs_text, needs_scale = ctx.needs_input_grad[:3]
+    # Sums over tiles are in the precision of the scores: of a row panel of images at a time, of all texts.
+    grad_image = torch.empty_like(image) if needs_image else None
+    grad_text = torch.zeros_like(text, dtype=scale.dtype) if needs_text else None
+    grad_scale = torch.zeros_like(scale) if needs_scale else None
     share = (0.5 if both_sides else 1.0) / len(image)
     hard, soft = grad_contrastive * share, grad_distill * share
     for i, j in _tiles(image, text):
@@ -161,13 +162,16 @@ def _gradients(ctx: Any, grad_contrastive: Tensor, grad_distill: Tensor) -> list
             G -= (t - column_teacher[j]).exp_().mul_(soft)
         _positives(G, i, j, first_text)[1].sub_(hard * (2 if both_sides else 1))
         if grad_image is not None:
-            grad_image[i].addmm_(G, text[j].to(G.dtype))
+            if j.start == 0:
+                sums = G.new_zeros(len(G), image.shape[1])
+            sums.addmm_(G, text[j].to(G.dtype))
+            if j.stop == len(text):
+                grad_image[i] = sums.mul_(scale)
         if grad_text is not None:
             grad_text[j].addmm_(G.T, image[i].to(G.dtype))
         if grad_scale is not None:
             grad_scale += G.mul_(sim).sum()
-    image_and_text = ((grad_image, image), (grad_text, text))
-    return [*(None if grad is None else grad.mul_(scale).to(x.dtype) for grad, x in image_and_text), grad_scale]
+    return [grad_image, None if grad_text is None else grad_text.mul_(scale).to(text.dtype), grad_scale]
 
 
 def _sim(a: Tensor, b: Tensor, i: slice, j: slice) -> Tensor:

@@ -105,6 +105,8 @@ def _check(loss: Any) -> None:
 def _normalises(loss: Any) -> bool:
     """True for the cosine, False for the dot product, which the model's own similarity may be, too."""
     function = loss.similarity_fct
+    while isinstance(function, partial) and not (function.args or function.keywords):
+        function = function.func
     if function == getattr(loss.model, "similarity", None):
         function = util.SimilarityFunction.to_similarity_fn(loss.model.similarity_fn_name)
     if function not in (util.cos_sim, util.pytorch_cos_sim, util.dot_score):

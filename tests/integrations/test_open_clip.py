@@ -205,6 +205,25 @@ def test_memory_is_linear(name: str, set_workspace: Any) -> None:
     assert largest[fast] < n * n / 3  # 1 MiB is 262,144 numbers
 
 
+def test_distillation_widens_a_panel_at_a_time(set_workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half-precision features no whole float32 copy is made; texts' gradients are summed in one."""
+    n, width = 600, 64
+    out = {name: features(n, width, torch.bfloat16) for name in ("image_features", "text_features")}
+    out |= {f"dist_{name}": features(n, width, torch.bfloat16) for name in out}
+    scales = {"logit_scale": torch.tensor(14.3), "dist_logit_scale": torch.tensor(50.0)}
+    image, text, *_ = out.values()
+    set_workspace(0.25)
+    monkeypatch.setattr(distillation, "_COLUMNS", 64)  # tiles of 128 x 64
+    for leaves, whole in (([image], False), ([image, text], True)):
+        leaves[-1].requires_grad_()
+        with Largest(torch.float32) as seen:
+            loss, distill = fast.DistillClipLoss()(**out, **scales)
+        assert seen.elements < n * width / 2
+        with Largest(torch.float32) as seen:
+            torch.autograd.grad(loss + distill, leaves)
+        assert seen.elements == n * width if whole else seen.elements < n * width
+
+
 def only_contrastive(out: dict[str, Any]) -> dict[str, Any]:
     return {key: x for key, x in out.items() if key != "logits"}
 

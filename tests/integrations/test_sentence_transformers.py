@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -263,15 +263,18 @@ def test_a_batch_without_other_pairs(model: Any) -> None:
     same_numbers(certain, model, HARD[0] | {"scale": 2000.0})
 
 
-def test_the_models_own_similarity(model: Any) -> None:
+def test_a_similarity_by_another_name(model: Any) -> None:
     inputs = columns(1)
-    losses = [
-        where.MultipleNegativesRankingLoss(model, similarity_fct=model.similarity).compute_loss_from_embeddings(
-            inputs, None
-        )
-        for where in (fast, theirs)
-    ]
-    torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
+    for function in (model.similarity, partial(cos_sim), partial(partial(dot_score))):
+        losses = [
+            where.MultipleNegativesRankingLoss(model, similarity_fct=function).compute_loss_from_embeddings(
+                inputs, None
+            )
+            for where in (fast, theirs)
+        ]
+        torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
+    with pytest.raises(ValueError, match="similarity_fct: got"):
+        fast.MultipleNegativesRankingLoss(model, similarity_fct=partial(cos_sim, b=inputs[0]))
 
 
 def test_memory_is_linear(model: Any, set_workspace: Any) -> None:
