@@ -20,6 +20,8 @@ MIN_IMAGE_NORM = 1e-6
 """Where ‖image ⊙ mask‖ is no larger than this, the similarity is 0 and passes no gradient."""
 MIN_TEXT_NORM = 1e-12
 """Where ‖text‖ is no larger than this, the similarity is 0 and passes no gradient."""
+MIN_NORM = 1e-12
+"""A prefix of features is divided by its norm, where that is less than this by this, as `F.normalize` does."""
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 """Whose losses count: those of images among texts, those of texts among images."""

@@ -9,7 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from smartclip_kernels.engine import Side, TiledBackend, reduced, write_sums
+from smartclip_kernels.engine import TiledBackend
+from smartclip_kernels.launch import Side, reduced, write_sums
 from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.reference import paired_similarity
 from smartclip_kernels.tiles import Method, Tile
