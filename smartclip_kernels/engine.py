@@ -24,11 +24,19 @@ class TiledBackend:
     """The operations of a backend whose launches work on tiles."""
 
     def __init__(
-        self, name: str, method: Method, make_launch: MakeLaunch, *, cuts_sums: bool = False, needs_ids: bool = True
+        self,
+        name: str,
+        method: Method,
+        make_launch: MakeLaunch,
+        *,
+        nested: Method | None = None,
+        cuts_sums: bool = False,
+        needs_ids: bool = True,
     ) -> None:
-        """`needs_ids`: kernels have to be told that row i matches column i."""
+        """`nested`: the method for prefixes. `needs_ids`: kernels have to be told that row i matches column i."""
         self.name, self.method, self.make_launch, self.needs_ids = name, method, make_launch, needs_ids
-        self.rounds_scores, self.cuts_sums, self.nests = method.fused, cuts_sums, not method.fused
+        self.rounds_scores, self.cuts_sums = method.fused, cuts_sums
+        self.nests, self.nested = nested is not None, nested or method
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         """All products are kept where they take at most half of the workspace; tiles have the other half."""
@@ -200,7 +208,7 @@ class TiledBackend:
         return Tiles(
             problem,
             operands,
-            self.method,
+            self.nested if operands.nested else self.method,
             problem.workspace - kept_bytes,
             buffers=buffers,
             score_bytes=score_bytes,

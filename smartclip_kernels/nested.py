@@ -91,8 +91,8 @@ class Prefixes(Dot):
         norms = torch.empty(self.accumulators, len(x), dtype=self.sum_dtype, device=x.device)
         for start in range(0, len(x), PANEL_ROWS):
             panel = slice(start, start + PANEL_ROWS)
-            squares = [part.square().sum(1) for part in self._split(x[panel].to(self.sum_dtype))]
-            torch.sqrt(torch.stack(squares).cumsum(0), out=norms[:, panel])
+            parts = [torch.linalg.vector_norm(part, dim=1) for part in self._split(x[panel].to(self.sum_dtype))]
+            torch.sqrt(torch.stack(parts).square().cumsum(0), out=norms[:, panel])
         factor = 1 / norms.clamp(min=MIN_NORM)
         return factor, torch.where(norms < MIN_NORM, 0, factor.square())
 

@@ -102,6 +102,7 @@ class LossCall(NamedTuple):
     shares: tuple[float, float]
     correction: Correction  # without ceilings: those are made of the margin
     margin: float | None
+    dims: tuple[int, ...] = ()  # in one sweep
 
 
 class Backend(Protocol):

@@ -61,6 +61,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def normalised(x: Tensor, width: int) -> Tensor:
+    """x[:, :width] in rows of length 1, in the precision of the scores."""
+    return F.normalize(x[:, :width].to(compute_dtype(x.dtype)), dim=1, eps=MIN_NORM)
+
+
+def normalised_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """∂L/∂x from ∂L/∂`normalised`(x, width): zeros beyond the width."""
+    width = grad.shape[1]
+    unit = normalised(x, width)
+    norm = torch.linalg.vector_norm(x[:, :width].to(grad.dtype), dim=1, keepdim=True)
+    along = torch.where(norm < MIN_NORM, 0, (grad * unit).sum(1, keepdim=True))
+    return F.pad((grad - unit * along) / norm.clamp(min=MIN_NORM), (0, x.shape[1] - width))
+
+
 def similarity(image: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
     """sim (N, M): ⟨image_i, text_j⟩, or with a mask cos(image_i ⊙ mask_j, text_j) (SmartCLIP, arXiv 2507.22264)."""
     dtype = compute_dtype(image.dtype)
@@ -317,23 +331,28 @@ def loss(
     tau_plus: tuple[Tensor, Tensor] | float = 0.0,
     margin: float | None = None,
     directions: Sequence[str] = DIRECTIONS,
+    dims: Sequence[int] = (),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The whole loss by definition; `clip_loss`, `siglip_loss` and `smartclip_loss` must equal it."""
-    terms = anchor_losses(
-        image,
-        text,
-        mask,
-        scale,
-        bias,
-        objective=objective,
-        image_ids=image_ids,
-        text_ids=text_ids,
-        ignore_ids=ignore_ids,
-        label_smoothing=label_smoothing,
-        tau_plus=tau_plus,
-        margin=margin,
-    )
-    return reduce(*terms, objective=objective, reduction=reduction, shares=shares_of(directions))
+    levels = [(normalised(image, d), normalised(text, d)) for d in dims] or [(image, text)]
+    terms = [
+        anchor_losses(
+            *features,
+            mask,
+            scale,
+            bias,
+            objective=objective,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            ignore_ids=ignore_ids,
+            label_smoothing=label_smoothing,
+            tau_plus=tau_plus,
+            margin=margin,
+        )
+        for features in levels
+    ]
+    rows, columns = (torch.stack([of_level[side] for of_level in terms]).sum(0) for side in (0, 1))
+    return reduce(rows, columns, *terms[0][2:], objective=objective, reduction=reduction, shares=shares_of(directions))
 
 
 def similarity_gradients(
