@@ -80,9 +80,11 @@ def clip_loss(
             loss is that side's mean or sum, without the ½.
         dims: Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147): strictly increasing widths, none above D.
             The loss is the sum over d in dims of that of image[:, :d] / ‖image[:, :d]‖ and text[:, :d] / ‖text[:, :d]‖,
-            row by row: with dims, features are normalised here, in the precision of the scores, and rounded to their
-            dtype. One loss after the other: Σ dims / D times the products (and bytes among ranks) of one loss over all
-            D, but len(dims) passes over the scores, and normalised copies of the prefixes in memory.
+            row by row: with dims, features are normalised here, in the precision of the scores (a norm below 1e-12
+            counts as that). Backend "cpu" has all in one sweep: max(dims) / D times the products of one loss over all
+            D, and len(dims) passes over a tile's scores. The GPU's backends, a group and a margin have one loss after
+            the other: Σ dims / D times the products (and bytes among ranks), len(dims) passes, and normalised copies of
+            the prefixes in memory, rounded to the features' dtype.
         reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½; of one
             direction its losses alone.
         group: a `torch.distributed` process group whose ranks hold the batch together: image, text and ids are this

@@ -167,6 +167,17 @@ def test_nan_is_seen(nesting: str, objective: str, dtype: torch.dtype, where: st
     assert all(value.isfinite().all() for value in earlier.values())
 
 
+@one_sweep
+@objectives
+def test_a_retained_graph_gives_the_same_bits_again(nesting: str, objective: str) -> None:
+    inputs = prefixes(40, 31, objective=objective)
+    leaf = inputs.image.clone().requires_grad_()
+    loss = testing.fused_loss(nesting)(replace(inputs, image=leaf), "mean")
+    assert isinstance(loss, torch.Tensor)
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_with_a_margin(backend: str) -> None:
     """A bound for every level, by the best positive of its own cosines."""
     inputs = prefixes(40, 31, ids=True)
