@@ -95,7 +95,7 @@ class TiledBackend:
         unrounded: bool,
     ) -> tuple[LossLaunch, Tensors]:
         """G of every tile, and from it everything asked for; with `one_sweep` statistics, too."""
-        for side, wanted in ((row, needs.image and operands.scores_rows), (column, needs.text)):
+        for side, wanted in ((row, needs.image and operands.nested), (column, needs.text)):
             if wanted and side.factor is not None:
                 side.score_gradient = torch.empty_like(side.factor)
         launch = self._launch(problem, operands, row, column)

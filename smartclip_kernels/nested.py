@@ -2,8 +2,8 @@
 
 A tile has an accumulator for each level, each that of the level before plus the products of its own segment of
 columns. A level's kernels see its accumulator as if there were no other, and cosines by the norms of its prefixes. Of
-the levels' gradients G_k every segment needs H_s = Σ_{k ≥ s} G_k. So all levels take 2·N·M·max(dims) products forward
-and, with the accumulators made again, 3 times that backward.
+the levels' gradients G_k every segment needs H_s = Σ_{k ≥ s} G_k. So all levels together take 2·N·M·max(dims)
+operations forward and 4 backward, or 6 where the accumulators are made again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class Prefixes(Dot):
 
     name = "cosine"
     nested = True
-    scores_rows = True
 
     def __init__(self, problem: Problem, native: bool = False) -> None:
         super().__init__(problem, native)

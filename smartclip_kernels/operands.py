@@ -26,7 +26,6 @@ class Dot:
     name = "dot"
     accumulators = 1
     nested = False
-    scores_rows = False  # store_rows needs score gradients
 
     def __init__(self, problem: Problem, native: bool = False) -> None:
         self.sum_dtype = problem.dtype
@@ -87,7 +86,6 @@ class MaskedCosine:
     name = "masked_cosine"
     accumulators = 2
     nested = False
-    scores_rows = False
 
     def __init__(self, problem: Problem, native: bool = False) -> None:
         assert problem.mask is not None
