@@ -1,7 +1,7 @@
 """``python -m bench``: measure on the CPU; ``distributed``: over processes; ``gpu``: on a GPU; ``tune``: find the best
 sizes of Triton's blocks on it; ``report``: what kernels take of each GPU, without one; ``caching``: what gradient
-caching costs and saves on the CPU; ``drop-in``: training steps of other codebases, as shipped and with the drop-ins;
-``readme RESULTS.json``: a table into the README."""
+caching costs and saves on the CPU; ``prefixes``: Matryoshka prefixes there; ``drop-in``: training steps of other
+codebases, as shipped and with the drop-ins; ``readme RESULTS.json``: a table into the README."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import cuda_ahead, distributed, measure, readme, report, worker
+from bench import cuda_ahead, distributed, measure, prefixes, readme, report, worker
 from bench.cases import CPU_BARS, LOSS_NAMES, Bar, Case, cpu_cases, quick_cases
 from bench.gpu_cases import GPU_BARS, gpu_cases, gpu_quick_cases
 from bench.peers import OURS, REPLAYED
@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     over = commands.add_parser("distributed", help="measure losses over two processes on this CPU against open_clip's")
     over.add_argument("--rounds", type=int, default=7, metavar="R", help="default: 7")
     caching = commands.add_parser("caching", help="measure gradient caching on the CPU, by what it keeps")
-    for measuring in (cpu, gpu, over, caching):
+    prefixes = commands.add_parser("prefixes", help="measure losses of Matryoshka prefixes on the CPU")
+    for measuring in (cpu, gpu, over, caching, prefixes):
         measuring.add_argument("--quick", action="store_true", help="a smoke test of small cases; no figure to quote")
         measuring.add_argument(
             "--out",
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     for measuring in (cpu, gpu):
         measuring.add_argument("--only", nargs="+", choices=tuple(LOSS_NAMES.values()), help="these losses alone")
         measuring.add_argument("--max-n", type=int, metavar="N", help="no case larger than this")
-    for measuring in (cpu, caching):
+    for measuring in (cpu, caching, prefixes):
         measuring.add_argument("--threads", type=int, metavar="T", help="torch's threads; default: torch's own choice")
     gpu.add_argument("--seconds", type=float, default=270, help="no case begins later (default: 270)")
     gpu.add_argument("--backend", nargs="+", metavar="NAME", help="default: those that run on the device")
@@ -130,6 +131,12 @@ def run_caching(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     return caching.main(arguments.out / report.slug(report.device_name()), console_of(), quick=arguments.quick)
+
+
+def run_prefixes(arguments: argparse.Namespace) -> int:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return prefixes.main(arguments.out / report.slug(report.device_name()), console_of(), quick=arguments.quick)
 
 
 def gpu_backends(device: str) -> list[str]:
@@ -234,7 +241,13 @@ def main(argv: list[str]) -> int:
         from bench import tune  # needs triton
 
         return tune.main(arguments.arch, arguments.seconds, arguments.out)
-    run = {"cpu": run_cpu, "distributed": run_distributed, "gpu": run_gpu, "caching": run_caching}
+    run = {
+        "cpu": run_cpu,
+        "distributed": run_distributed,
+        "gpu": run_gpu,
+        "caching": run_caching,
+        "prefixes": run_prefixes,
+    }
     return run[arguments.command](arguments)
 
 

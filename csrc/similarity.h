@@ -26,6 +26,24 @@ struct Dot {
   }
 };
 
+// sim = <image, text> / (|image| |text|); the factors are 1 / |image| and 1 / |text|.
+struct Cosine {
+  static constexpr const char* kName = "cosine";
+  static constexpr int kAccumulators = 1;
+  static constexpr bool kFactors = true;
+
+  template <class V>
+  SK_HOST_DEVICE static V value(const V* accumulator, V row, V column) {
+    return accumulator[0] * row * column;
+  }
+
+  // At fixed lengths: what moves them is not the pair's, but a sum of dL/dsim sim over all pairs of a row or column.
+  template <class V>
+  SK_HOST_DEVICE static void derivative(const V*, V row, V column, V, V grad_sim, V* grad_accumulator) {
+    grad_accumulator[0] = grad_sim * row * column;
+  }
+};
+
 // sim = cos(image * mask, text) = P / (sqrt(Q) |text|), P = <image, mask * text>, Q = <image^2, mask^2>.
 // The row's factor is the power of two that its image was divided by, the column's is 1 / |text|, or 0 where |text| is
 // too small. Undefined where sqrt(Q) or |text| is: sim = 0, and no gradient.
@@ -60,6 +78,6 @@ struct MaskedCosine {
   }
 };
 
-using Similarities = List<Dot, MaskedCosine>;
+using Similarities = List<Dot, Cosine, MaskedCosine>;
 
 }  // namespace smartclip::SK_ISA

@@ -174,17 +174,25 @@ def directions(value: object, objective: str) -> None:
         raise ValueError(f"directions: got {value!r}, needs both with the {objective} objective")
 
 
-def prefix(dims: object, at: int, image: Tensor) -> int:
-    """`dims[at]`, after a look at all of them."""
-    if not isinstance(dims, (tuple, list)) or not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
-        raise TypeError(f"dims: got {dims!r}, needs a tuple of ints")
+def dims(value: object, image: Tensor) -> None:
+    """Widths of prefixes."""
+    if not isinstance(value, (tuple, list)) or not all(isinstance(d, int) and not isinstance(d, bool) for d in value):
+        raise TypeError(f"dims: got {value!r}, needs a tuple of ints")
     width = image.shape[-1] if image.dim() else 0
-    if not dims or not all(a < b for a, b in zip((0, *dims), (*dims, width + 1), strict=True)):
+    if not value or not all(a < b for a, b in zip((0, *value), (*value, width + 1), strict=True)):
         raise ValueError(
-            f"dims: got {dims!r}, needs strictly increasing numbers from 1 to the embedding width, {width}"
+            f"dims: got {value!r}, needs strictly increasing numbers from 1 to the embedding width, {width}"
         )
-    found: int = dims[at]
-    return found
+
+
+def one_sweep(mask: Tensor | None, ceiling: Tensor | None, backend: str, nests: bool) -> None:
+    """Where an op may take all `dims` at once."""
+    if mask is not None:
+        raise ValueError("mask: got a tensor, needs None with dims")
+    if ceiling is not None:
+        raise ValueError("dims: got some and ceilings, which are of one width: needs one loss for each")
+    if not nests:
+        raise ValueError(f"dims: got some, needs one loss for each on backend {backend!r}")
 
 
 def paired(image: Tensor, text: Tensor, image_ids: Tensor | None) -> None:

@@ -13,70 +13,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from smartclip_kernels.operands import Operands, operands_class
+from smartclip_kernels.launch import Launch, LossLaunch, MakeLaunch, Side
+from smartclip_kernels.nested import NestedLaunch, Prefixes
+from smartclip_kernels.operands import Dot, MaskedCosine, Operands
 from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients, ranks_of_ids
-from smartclip_kernels.reference import reduce_losses
 from smartclip_kernels.tiles import Method, Tile, Tiles
-
-
-class Side:
-    """One side's vectors (N or M numbers each) on their way to the kernels; the addresses of what is set go there."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.id: Tensor | None = None
-        self.ignore: Tensor | None = None
-        self.factor: Tensor | None = None
-        self.tau: Tensor | None = None
-        self.ceiling: Tensor | None = None
-        self.statistics: Tensor | None = None
-        self.loss: Tensor | None = None
-        self.weight: Tensor | None = None
-        self.anchor: Tensor | None = None
-        self.score_gradient: Tensor | None = None
-
-
-class Launch(Protocol):
-    """A backend's kernels, bound to one problem. `out`, dL/daccumulator, may be a tile's accumulators themselves."""
-
-    def statistics(self, tile: Tile) -> None: ...
-    def loss(self) -> Tensors:
-        """Losses of what has statistics; returns what `reduce_losses` does, empty where no reduction is asked for."""
-
-    def anchor(self) -> Tensor | None:
-        """Makes ready for gradients. Returns what they are to be multiplied by at the end; None: nothing."""
-
-    def gain(self, grad_sim: Tensor) -> Tensor | None:
-        """The same, for a given dL/dsim."""
-
-    def gradient(self, tile: Tile, out: list[Tensor], statistics: bool) -> None: ...
-    def parameter_gradient(self, scale: Tensor | None, bias: Tensor | None) -> None:
-        """Writes the sums of G · sim and of G over all scores where they are asked for."""
-
-    def similarity(self, tile: Tile, out: Tensor) -> None: ...
-    def derivative(self, tile: Tile, grad_sim: Tensor, out: list[Tensor]) -> None: ...
-    def topk(self, tile: Tile, values: Tensor, indices: Tensor) -> None: ...
-    def best_positive(self, tile: Tile, values: Tensor, indices: Tensor) -> None: ...
-    def rank(self, tile: Tile, values: Tensor, indices: Tensor, ranks: Tensor) -> None: ...
-
-
-class MakeLaunch(Protocol):
-    def __call__(self, problem: Problem, similarity: str, row: Side, column: Side, swapped: bool = False) -> Launch: ...
 
 
 class TiledBackend:
     """The operations of a backend whose launches work on tiles."""
 
     def __init__(
-        self, name: str, method: Method, make_launch: MakeLaunch, *, cuts_sums: bool = False, needs_ids: bool = True
+        self,
+        name: str,
+        method: Method,
+        make_launch: MakeLaunch,
+        *,
+        nested: Method | None = None,
+        cuts_sums: bool = False,
+        needs_ids: bool = True,
     ) -> None:
-        """`needs_ids`: kernels have to be told that row i matches column i."""
+        """`nested`: the method for prefixes. `needs_ids`: kernels have to be told that row i matches column i."""
         self.name, self.method, self.make_launch, self.needs_ids = name, method, make_launch, needs_ids
         self.rounds_scores, self.cuts_sums = method.fused, cuts_sums
+        self.nests, self.nested = nested is not None, nested or method
 
     def kept_shape(self, problem: Problem) -> tuple[int, ...]:
         """All products are kept where they take at most half of the workspace; tiles have the other half."""
-        shape = (operands_class(problem).accumulators, problem.n, self.method.padded(problem.m))
+        shape = (operands_class(problem).accumulators * problem.levels, problem.n, self.method.padded(problem.m))
         fits = math.prod(shape) * problem.dtype.itemsize <= problem.workspace // 2
         return shape if fits and problem.traits.needs_statistics and self.keeps(problem) else (0,)
 
@@ -89,7 +53,7 @@ class TiledBackend:
         empty = problem.scale.new_empty
         losses, statistics = [], []
         for side, count in ((row, problem.n), (column, problem.m if problem.traits.both_sides else 0)):
-            side.statistics = empty(problem.traits.statistics, count, dtype=problem.dtype)
+            side.statistics = empty(problem.planes, count, dtype=problem.dtype)
             side.loss = empty(count, dtype=problem.dtype)
             losses.append(side.loss)
             statistics.append(side.statistics)
@@ -97,7 +61,7 @@ class TiledBackend:
         kept = products if products.numel() else None
         if kept is not None and kept.shape[2] > problem.m:
             kept[:, :, problem.m :].zero_()  # nobody reads it, but the op returns it
-        launch = self.make_launch(problem, operands.name, row, column)
+        launch = self._launch(problem, operands, row, column)
         for tile in self._tiles(problem, operands, products.nbytes).scores(kept):
             launch.statistics(tile)
         return *launch.loss(), *losses, *statistics, products
@@ -112,7 +76,7 @@ class TiledBackend:
 
     def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = self._sides(problem)
-        row.statistics = problem.scale.new_empty(problem.traits.statistics, problem.n, dtype=problem.dtype)
+        row.statistics = problem.scale.new_empty(problem.planes, problem.n, dtype=problem.dtype)
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
         weight = 1 / problem.n if problem.reduction == "mean" else 1.0
         row.weight = problem.scale.new_full((), weight, dtype=problem.dtype).expand(problem.n)
@@ -129,11 +93,12 @@ class TiledBackend:
         products: Tensor,
         one_sweep: bool,
         unrounded: bool,
-    ) -> tuple[Launch, Tensors]:
+    ) -> tuple[LossLaunch, Tensors]:
         """G of every tile, and from it everything asked for; with `one_sweep` statistics, too."""
-        if needs.text and operands.column_factor is not None:
-            column.score_gradient = problem.scale.new_empty(problem.m, dtype=problem.dtype)
-        launch = self.make_launch(problem, operands.name, row, column)
+        for side, wanted in ((row, needs.image and operands.nested), (column, needs.text)):
+            if wanted and side.factor is not None:
+                side.score_gradient = torch.empty_like(side.factor)
+        launch = self._launch(problem, operands, row, column)
         gain = launch.anchor()
 
         def gradient(tile: Tile, out: list[Tensor]) -> None:
@@ -141,7 +106,7 @@ class TiledBackend:
 
         tiles = self._tiles(problem, operands, products.nbytes, buffers=operands.accumulators)
         kept = products if products.numel() else None
-        grads = _accumulate(tiles, needs, column.score_gradient, gradient, gain, kept, unrounded=unrounded)
+        grads = _accumulate(tiles, needs, row, column, gradient, gain, kept, unrounded=unrounded)
         if needs.bias and problem.traits.shift_invariant:
             grads[4].zero_()
         bias = grads[4] if needs.bias and not problem.traits.shift_invariant else None
@@ -168,7 +133,7 @@ class TiledBackend:
         def gradient(tile: Tile, out: list[Tensor]) -> None:
             launch.derivative(tile, grad_sim[tile.rows, tile.columns].contiguous(), out)
 
-        return tuple(_accumulate(tiles, needs, column.score_gradient, gradient, gain)[:3])
+        return tuple(_accumulate(tiles, needs, row, column, gradient, gain)[:3])
 
     def masked_topk(self, problem: Problem, k: int, per_text: bool) -> tuple[Tensor, Tensor]:
         launch, tiles = self._retrieval(problem, per_text)
@@ -206,6 +171,11 @@ class TiledBackend:
         launch = self.make_launch(problem, operands.name, row, column, swapped)
         return launch, self._tiles(problem, operands, score_bytes=self.method.search_bytes, swapped=swapped)
 
+    def _launch(self, problem: Problem, operands: Operands, row: Side, column: Side) -> LossLaunch:
+        if operands.nested:
+            return NestedLaunch(self.make_launch, problem, operands.name, row, column)
+        return self.make_launch(problem, operands.name, row, column)
+
     def _sides(self, problem: Problem) -> tuple[Operands, Side, Side]:
         operands = operands_class(problem)(problem, native=self.method.fused)
         row, column = Side(problem.n), Side(problem.m)
@@ -232,44 +202,24 @@ class TiledBackend:
         score_bytes: float = 0.0,
         swapped: bool = False,
     ) -> Tiles:
-        """`buffers` beside those that the products need."""
-        if not self.method.fused:
-            buffers = operands.accumulators
+        """`buffers` for gradients, made in the products' place; None: what the products need."""
+        if buffers is None:
+            buffers = 0 if self.method.fused else 1 if operands.nested else operands.accumulators
         return Tiles(
             problem,
             operands,
-            self.method,
+            self.nested if operands.nested else self.method,
             problem.workspace - kept_bytes,
-            buffers=buffers or 0,
+            buffers=buffers,
             score_bytes=score_bytes,
             swapped=swapped,
         )
 
 
-def reduced(problem: Problem, row: Side, column: Side) -> Tensors:
-    """What `Launch.loss` returns, in torch."""
-    assert row.loss is not None
-    if problem.reduction == "none":
-        return row.loss.new_empty(0), row.loss.new_empty(0)
-    columns = row.loss[:0] if column.loss is None else column.loss
-    # Where nobody gave ids, all are anchors.
-    counted = problem.image_ids is not None and problem.traits.both_sides
-    positives = (side.statistics[0] if counted and side.statistics is not None else None for side in (row, column))
-    return reduce_losses(
-        row.loss,
-        columns,
-        *positives,
-        objective=problem.objective,
-        reduction=problem.reduction,
-        shares=problem.shares,
-    )
-
-
-def write_sums(sums: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
-    """What `Launch.parameter_gradient` does, from both sums."""
-    for out, x in zip((scale, bias), sums, strict=True):
-        if out is not None:
-            out.copy_(x.reshape(out.shape))
+def operands_class(problem: Problem) -> type[Operands]:
+    if problem.dims:
+        return Prefixes
+    return Dot if problem.mask is None else MaskedCosine
 
 
 class TileGradient(Protocol):
@@ -279,7 +229,8 @@ class TileGradient(Protocol):
 def _accumulate(
     tiles: Tiles,
     needs: Needs,
-    score_gradient: Tensor | None,
+    row: Side,
+    column: Side,
     gradient: TileGradient,
     gain: Tensor | None = None,
     kept: Tensor | None = None,
@@ -302,8 +253,8 @@ def _accumulate(
                 _add_product(total, d, operand, start=columns[0].start == 0)
             for total, d, operand in zip(column_sums, out, rows[1], strict=False):
                 _add_product(total[columns[0]], d.T, operand, start=rows[0].start == 0)
-        operands.store_rows(grads, rows[0], rows[1], row_sums, gain)
-    operands.store_columns(grads, column_sums, needs, score_gradient, gain)
+        operands.store_rows(grads, rows[0], rows[1], row_sums, row.score_gradient, gain)
+    operands.store_columns(grads, column_sums, needs, column.score_gradient, gain)
     return grads
 
 

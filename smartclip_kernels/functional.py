@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from smartclip_kernels import checks, distributed, ops
-from smartclip_kernels.backends import check_name
+from smartclip_kernels import backends, checks, distributed, ops
 from smartclip_kernels.ceilings import with_ceilings
 from smartclip_kernels.problem import Correction, LossCall
-from smartclip_kernels.reference import OBJECTIVES, asked_for, compute_dtype, shares_of, tau_vectors
+from smartclip_kernels.reference import OBJECTIVES, asked_for, compute_dtype, normalised, shares_of, tau_vectors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,9 +80,11 @@ def clip_loss(
             loss is that side's mean or sum, without the ½.
         dims: Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147): strictly increasing widths, none above D.
             The loss is the sum over d in dims of that of image[:, :d] / ‖image[:, :d]‖ and text[:, :d] / ‖text[:, :d]‖,
-            row by row: with dims, features are normalised here, in the precision of the scores, and rounded to their
-            dtype. One loss after the other: Σ dims / D times the products (and bytes among ranks) of one loss over all
-            D, but len(dims) passes over the scores, and normalised copies of the prefixes in memory.
+            row by row: with dims, features are normalised here, in the precision of the scores (a norm below 1e-12
+            counts as that). Backend "cpu" has all in one sweep: max(dims) / D times the products of one loss over all
+            D, and len(dims) passes over a tile's scores. The GPU's backends, a group and a margin have one loss after
+            the other: Σ dims / D times the products (and bytes among ranks), len(dims) passes, and normalised copies of
+            the prefixes in memory, rounded to the features' dtype.
         reduction: "mean", "sum" (½ of each side's sum) or "none": a pair of losses (N,), (M,) without the ½; of one
             direction its losses alone.
         group: a `torch.distributed` process group whose ranks hold the batch together: image, text and ids are this
@@ -371,14 +371,27 @@ def contrastive_loss(
     )
     checks.choice("strategy", strategy, tuple(distributed.STRATEGIES))
     alone = group is None or distributed.group_of(group).size() == 1
+    if alone and (dims is None or (margin is None and _nests(image, backend))):
+        return _one_process(arguments(None))
     losses = []
     # What is wrong with dims is found out where the other ranks hear of it.
-    for level in range(len(dims) if isinstance(dims, (tuple, list)) and dims else 1):
+    for level in range(len(dims)) if isinstance(dims, (tuple, list)) and dims else (None,):
         make = partial(arguments, level)
         losses.append(_one_process(make()) if alone else distributed.loss(make, group, strategy, semantics))
     if isinstance(losses[0], tuple):
         return tuple(_total(side) for side in zip(*losses, strict=True))
     return _total(losses)
+
+
+def _nests(image: Tensor, backend: str | None) -> bool:
+    """Whether all prefixes go in one sweep there."""
+    checks.tensor("image", image)
+    return _backend_nests(_backend(backend), image.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _backend_nests(name: str, device: torch.device) -> bool:
+    return backends.resolve(name, device).nests
 
 
 def _total(losses: Sequence[Tensor]) -> Tensor:
@@ -402,15 +415,16 @@ def _arguments(
     margin: float | None,
     directions: Sequence[Direction],
     dims: Sequence[int] | None,
-    level: int,
+    level: int | None,
 ) -> LossCall:
-    """Of an op, from what a caller gave. `level`: which of `dims`."""
+    """Of an op, from what a caller gave. `level`: which of `dims` alone; None: all."""
     checks.tensor("image", image)
     checks.tensor("text", text)
     if dims is not None:
         checks.features(*ops.autocast(image, text))
-        width = checks.prefix(dims, level, image)
-        image, text = (_normalised(x[:, :width]) for x in (image, text))
+        checks.dims(dims, image)
+        if level is not None:
+            image, text = (normalised(x, dims[level]).to(x.dtype) for x in (image, text))
     checks.choice("objective", objective, tuple(OBJECTIVES))
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     checks.directions(directions, objective)
@@ -423,19 +437,16 @@ def _arguments(
     constants = objective, float(label_smoothing), _backend(backend), 0
     arguments = image, text, mask, scale, bias, image_ids, text_ids, *ignore, *constants
     correction = Correction(*_tau(tau_plus, image, text))
-    return LossCall(arguments, reduction, shares_of(directions), correction, None if margin is None else float(margin))
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """Rows of length 1, made in the precision of the scores."""
-    return F.normalize(x.to(compute_dtype(x.dtype)), dim=1).to(x.dtype)
+    above = None if margin is None else float(margin)
+    swept = () if dims is None or level is not None else tuple(dims)
+    return LossCall(arguments, reduction, shares_of(directions), correction, above, swept)
 
 
 def _one_process(call: LossCall) -> Any:
-    correction = with_ceilings(call)
+    tail = *with_ceilings(call), call.dims
     if call.reduction != "none":
-        return torch.ops.smartclip.reduced_loss(*call.arguments, call.reduction, call.shares, *correction)
-    rows, columns, *_ = torch.ops.smartclip.loss(*call.arguments, *correction)
+        return torch.ops.smartclip.reduced_loss(*call.arguments, call.reduction, call.shares, *tail)
+    rows, columns, *_ = torch.ops.smartclip.loss(*call.arguments, *tail)
     return asked_for(rows, columns, call.arguments[9], call.shares)
 
 
@@ -460,7 +471,7 @@ def _backend(name: str | None) -> str:
     """What the ops take: "" leaves the choice to the context and the device."""
     if name is None:
         return ""
-    check_name(name)
+    backends.check_name(name)
     return name
 
 

@@ -76,7 +76,7 @@ class ClipLoss(_Distributed):
             whole batch; with it each its share, whose mean over ranks that is.
         cache_labels, use_horovod: accepted; there are no labels to cache, and torch.distributed is what is used.
         rank, world_size: of this process in the group.
-        label_smoothing, tau_plus, margin, directions, backend: as in `clip_loss`.
+        label_smoothing, tau_plus, margin, directions, dims, backend: as in `clip_loss`.
         group: default with a world_size above 1: all of torch.distributed's. With a world_size of 1 the flags say
             nothing: it is `clip_loss` over that group, exact.
         strategy: as in `clip_loss`.
@@ -95,6 +95,7 @@ class ClipLoss(_Distributed):
         tau_plus: TauPlus = 0.0,
         margin: float | None = None,
         directions: Sequence[Direction] = BOTH,
+        dims: Sequence[int] | None = None,
         group: ProcessGroup | None = None,
         strategy: Strategy = "gather",
         backend: str | None = None,
@@ -108,6 +109,7 @@ class ClipLoss(_Distributed):
         self.tau_plus = tau_plus
         self.margin = margin
         self.directions = directions
+        self.dims = dims
 
     def forward(
         self,
@@ -141,6 +143,7 @@ class ClipLoss(_Distributed):
             tau_plus=self.tau_plus,
             margin=self.margin,
             directions=self.directions,
+            dims=self.dims,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -164,7 +167,7 @@ class SigLipLoss(_Distributed):
             to neighbour, are the strategy "ring" here, "reduce" and "gather" are "gather".
         chunk_size: accepted; the logits are never held as a whole, whatever it is.
         group: default with a world_size above 1: all of torch.distributed's.
-        backend: as in `siglip_loss`.
+        dims, backend: as in `siglip_loss`.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class SigLipLoss(_Distributed):
         dist_impl: str | None = None,
         chunk_size: int = 0,
         *,
+        dims: Sequence[int] | None = None,
         group: ProcessGroup | None = None,
         backend: str | None = None,
     ) -> None:
@@ -183,6 +187,7 @@ class SigLipLoss(_Distributed):
         self.cache_labels = cache_labels
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size
+        self.dims = dims
 
     def forward(
         self,
@@ -205,6 +210,7 @@ class SigLipLoss(_Distributed):
             image_ids=image_ids,
             text_ids=text_ids,
             ignore_ids=ignore_ids,
+            dims=self.dims,
             group=self.process_group(),
             strategy=self.strategy,
             backend=self.backend,

@@ -1,8 +1,9 @@
 """What the matrix products multiply, panel by panel, and what becomes of their gradients.
 
-A similarity has `accumulators` pairs of operands: accumulator k of a tile is rows[k] @ columns[k]ᵀ. From the
-tile's gradients d[k] the engine sums d[k] @ columns[k] into a panel's rows and d[k]ᵀ @ rows[k] into the columns;
-`store_rows` and `store_columns` make the inputs' gradients of these sums, times `gain`. Panels are prepared one at a
+A similarity has `accumulators` pairs of operands: accumulator k of a tile is rows[k] @ columns[k]ᵀ, where they are
+`nested` plus the one before it. From the gradients d[k] of a tile's products the engine sums d[k] @ columns[k] into a
+panel's rows and d[k]ᵀ @ rows[k] into the columns; `store_rows` and `store_columns` make the inputs' gradients of these
+sums, times `gain`. A score gradient is what a row or column has in sum of dL/dsim · sim. Panels are prepared one at a
 time: widened to the precision of the scores, or, `native`, in the inputs' own precision, for kernels that multiply
 half-precision numbers exactly.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from smartclip_kernels.problem import Needs, Problem, Tensors
 
-_PANEL_ROWS = 2048
+PANEL_ROWS = 2048
 
 
 class Dot:
@@ -24,6 +25,7 @@ class Dot:
 
     name = "dot"
     accumulators = 1
+    nested = False
 
     def __init__(self, problem: Problem, native: bool = False) -> None:
         self.sum_dtype = problem.dtype
@@ -52,16 +54,22 @@ class Dot:
         return [_home(grads[1], self.sum_dtype)] if needs.text else []
 
     def store_rows(
-        self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor], gain: Tensor | None
+        self,
+        grads: list[Tensor],
+        panel: slice,
+        rows: Tensors,
+        sums: list[Tensor],
+        score_gradient: Tensor | None,
+        gain: Tensor | None,
     ) -> None:
         if sums:
-            _settle(grads[0][panel], sums[0], gain)
+            settle(grads[0][panel], sums[0], gain)
 
     def store_columns(
         self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None, gain: Tensor | None
     ) -> None:
         if sums:
-            _settle(grads[1], sums[0], gain)
+            settle(grads[1], sums[0], gain)
 
 
 class MaskedCosine:
@@ -77,6 +85,7 @@ class MaskedCosine:
 
     name = "masked_cosine"
     accumulators = 2
+    nested = False
 
     def __init__(self, problem: Problem, native: bool = False) -> None:
         assert problem.mask is not None
@@ -130,13 +139,19 @@ class MaskedCosine:
         return [first, _home(grads[2], self.sum_dtype)] if needs.mask else [first]
 
     def store_rows(
-        self, grads: list[Tensor], panel: slice, rows: Tensors, sums: list[Tensor], gain: Tensor | None
+        self,
+        grads: list[Tensor],
+        panel: slice,
+        rows: Tensors,
+        sums: list[Tensor],
+        score_gradient: Tensor | None,
+        gain: Tensor | None,
     ) -> None:
         """grad_image = dP·(mask ⊙ text) + 2 image ⊙ (dQ·mask²), and the power of two undone."""
         if sums:
             total, square = sums
             total.addcmul_(rows[0], square, value=2).mul_(1 / self.row_factor[panel, None])
-            _settle(grads[0][panel], total, gain)
+            settle(grads[0][panel], total, gain)
 
     def store_columns(
         self, grads: list[Tensor], sums: list[Tensor], needs: Needs, score_gradient: Tensor | None, gain: Tensor | None
@@ -145,21 +160,21 @@ class MaskedCosine:
         grad_mask = A ⊙ text + 2 mask ⊙ B."""
         if not sums:
             return
-        for start in range(0, len(self.text), _PANEL_ROWS):
-            panel = slice(start, start + _PANEL_ROWS)
+        for start in range(0, len(self.text), PANEL_ROWS):
+            panel = slice(start, start + PANEL_ROWS)
             text, mask = self._text(panel), self.mask[panel].to(self.sum_dtype)
             product = _times(sums[0][panel], gain)
             if needs.mask:
                 square = _times(sums[1][panel], gain)
                 square.mul_(mask).mul_(2).addcmul_(product, text)
-                _settle(grads[2][panel], square)
+                settle(grads[2][panel], square)
             if needs.text:
                 assert score_gradient is not None  # the engine makes it where the text needs a gradient
                 norm = _times(score_gradient[panel] * self.column_factor[panel].square(), gain)
                 product.mul_(mask).addcmul_(text, norm[:, None], value=-1)
                 if self.text_power is not None:
                     product.mul_(1 / self.text_power[panel, None])
-                _settle(grads[1][panel], product)
+                settle(grads[1][panel], product)
 
     def _text(self, panel: slice) -> Tensor:
         text = self.text[panel].to(self.sum_dtype)
@@ -167,10 +182,6 @@ class MaskedCosine:
 
 
 Operands = Dot | MaskedCosine
-
-
-def operands_class(problem: Problem) -> type[Dot] | type[MaskedCosine]:
-    return Dot if problem.mask is None else MaskedCosine
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
@@ -207,7 +218,7 @@ def _times(total: Tensor, gain: Tensor | None) -> Tensor:
     return total if gain is None else total.mul_(gain)
 
 
-def _settle(grad: Tensor, total: Tensor, gain: Tensor | None = None) -> None:
+def settle(grad: Tensor, total: Tensor, gain: Tensor | None = None) -> None:
     """The sums times the gain, where they belong; in half precision rounded there, in one pass."""
     if grad.data_ptr() == total.data_ptr():
         _times(total, gain)
@@ -229,8 +240,8 @@ def _powers_of_two(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _inverse_norms(text: Tensor, dtype: torch.dtype) -> Tensor:
     """(M,): 1/‖text_j‖, 0 where the norm is at most 1e-12. Squares are summed in float64: float32's overflow."""
     norms = torch.empty(len(text), dtype=torch.float64, device=text.device)
-    for start in range(0, len(text), _PANEL_ROWS):
-        panel = slice(start, start + _PANEL_ROWS)
+    for start in range(0, len(text), PANEL_ROWS):
+        panel = slice(start, start + PANEL_ROWS)
         torch.linalg.vector_norm(text[panel].double(), dim=1, out=norms[panel])
     # 1/inf is 0, which would hide the infinity as a text too small to compare.
     return torch.where(norms <= 1e-12, 0, torch.where(norms.isinf(), torch.nan, 1 / norms)).to(dtype)

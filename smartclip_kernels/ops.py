@@ -26,19 +26,19 @@ _LOSS = (
     "Tensor? image_ignore, Tensor? text_ignore, str objective, float label_smoothing, str backend, int workspace"
 )
 _REDUCTION = "str reduction, float[] shares=[0.5, 0.5]"
-_CORRECTION = ", ".join(f"Tensor? {name}=None" for name in Correction._fields)
+_TAIL = ", ".join((*(f"Tensor? {name}=None" for name in Correction._fields), "int[] dims=[]"))
 _RETRIEVAL = "Tensor image, Tensor text, Tensor? mask, Tensor? image_ids, Tensor? text_ids, str per, str backend"
 _GRADS = "Tensor grad_image, Tensor grad_text, Tensor grad_mask, Tensor grad_scale, Tensor grad_bias"
 
 _SCHEMAS = {
-    "loss": f"({_LOSS}, {_CORRECTION}) -> (Tensor rows, Tensor columns, Tensor row_statistics, "
+    "loss": f"({_LOSS}, {_TAIL}) -> (Tensor rows, Tensor columns, Tensor row_statistics, "
     "Tensor column_statistics, Tensor kept)",
     "loss_backward": f"(Tensor grad_rows, Tensor grad_columns, Tensor row_statistics, Tensor column_statistics, "
-    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False, {_CORRECTION}) -> ({_GRADS})",
-    "reduced_loss": f"({_LOSS}, {_REDUCTION}, {_CORRECTION}) -> Tensor",
-    "loss_forward": f"({_LOSS}, {_REDUCTION}, {_CORRECTION}) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
+    f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False, {_TAIL}) -> ({_GRADS})",
+    "reduced_loss": f"({_LOSS}, {_REDUCTION}, {_TAIL}) -> Tensor",
+    "loss_forward": f"({_LOSS}, {_REDUCTION}, {_TAIL}) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
     "Tensor column_statistics, Tensor kept)",
-    "loss_one_sweep": f"({_LOSS}, bool[] needs, str reduction='sum') -> (Tensor loss, {_GRADS})",
+    "loss_one_sweep": f"({_LOSS}, bool[] needs, str reduction='sum', int[] dims=[]) -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
     "masked_similarity_backward": "(Tensor grad_sim, Tensor image, Tensor text, Tensor mask, str backend, "
     "bool[] needs) -> (Tensor grad_image, Tensor grad_text, Tensor grad_mask)",
@@ -87,12 +87,17 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _problem(*loss_arguments: Any) -> Problem:
     """A checked problem, and the workspace that its backend gets."""
     *arguments, _, workspace = loss_arguments[:13]
-    correction = Correction(*loss_arguments[13:])
+    *numbers, dims = loss_arguments[13:]
+    correction = Correction(*numbers)
     checks.problem(*arguments)
     problem = Problem(*arguments)
     checks.correction(correction, problem.image, problem.text, problem.objective)
+    if dims:
+        checks.dims(dims, problem.image)
+        backend = backends.resolve(loss_arguments[11], problem.image.device)
+        checks.one_sweep(problem.mask, correction.image_ceiling, backend.name, backend.nests)
     workspace = workspace or backends.workspace_bytes(problem.image.device)
-    return problem._replace(workspace=workspace, correction=correction)
+    return problem._replace(workspace=workspace, correction=correction, dims=dims)
 
 
 def _similarity_problem(image: Tensor, text: Tensor, mask: Tensor | None) -> Problem:
@@ -130,8 +135,8 @@ def _loss_backward(
 
 def _split_backward(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool], bool]:
     """Those of the loss, `needs` and `unrounded`."""
-    needs, unrounded, *correction = arguments[13:]
-    return (*arguments[:13], *correction), needs, unrounded
+    needs, unrounded, *tail = arguments[13:]
+    return (*arguments[:13], *tail), needs, unrounded
 
 
 @_implement("reduced_loss")
@@ -148,9 +153,9 @@ def _loss_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _reduced_problem(*arguments: Any) -> Problem:
-    reduction, shares, *correction = arguments[13:]
+    reduction, shares, *tail = arguments[13:]
     checks.choice("reduction", reduction, ("sum", "mean"))
-    return _problem(*arguments[:13], *correction)._replace(reduction=reduction, shares=shares)
+    return _problem(*arguments[:13], *tail)._replace(reduction=reduction, shares=shares)
 
 
 @_implement("loss_one_sweep")
@@ -160,7 +165,8 @@ def _loss_one_sweep(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _one_sweep_problem(*arguments: Any) -> Problem:
-    problem = _reduced_problem(*arguments[:13], arguments[14], SYMMETRIC)
+    reduction, dims = arguments[14:]
+    problem = _reduced_problem(*arguments[:13], reduction, SYMMETRIC, *Correction(), dims)
     if OBJECTIVES[problem.objective].needs_statistics:
         raise ValueError(f"objective: got {problem.objective!r}, needs one whose gradient takes no statistics")
     return problem
@@ -251,8 +257,9 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _kept_fake(problem: Problem, backend: str) -> tuple[Tensor, ...]:
     """Statistics of both sides, and products."""
-    m, planes = problem.m if problem.traits.both_sides else 0, problem.traits.statistics
-    shapes = ((planes, problem.n), (planes, m), backends.resolve(backend, problem.image.device).kept_shape(problem))
+    m = problem.m if problem.traits.both_sides else 0
+    products = backends.resolve(backend, problem.image.device).kept_shape(problem)
+    shapes = (problem.planes, problem.n), (problem.planes, m), products
     return tuple(problem.scale.new_empty(shape) for shape in shapes)
 
 
@@ -376,8 +383,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
         outputs = _below_autograd(_ops.loss, keyset, *arguments)
-        ctx.save_for_backward(*arguments[13:], *outputs[2:], *arguments[:9])
-        ctx.constants = arguments[9:13]
+        ctx.save_for_backward(*arguments[13:17], *outputs[2:], *arguments[:9])
+        ctx.constants, ctx.dims = arguments[9:13], arguments[17]
         ctx.mark_non_differentiable(*outputs[2:])
         return outputs
 
@@ -385,8 +392,9 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor, grad_columns: Tensor, *_: Any) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
         correction, saved = Correction(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
-        grads = _ops.loss_backward(grad_rows, grad_columns, *saved, *ctx.constants, needs, False, *correction)
-        return (None, *_or_none(grads, needs), *([None] * 12))
+        tail = needs, False, *correction, ctx.dims
+        grads = _ops.loss_backward(grad_rows, grad_columns, *saved, *ctx.constants, *tail)
+        return (None, *_or_none(grads, needs), *([None] * 13))
 
 
 class _ReducedLoss(torch.autograd.Function):
@@ -395,8 +403,8 @@ class _ReducedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
         loss, *kept = _below_autograd(_ops.loss_forward, keyset, *arguments)
-        ctx.save_for_backward(*arguments[15:], *kept, *arguments[:9])
-        ctx.constants = arguments[9:13]
+        ctx.save_for_backward(*arguments[15:19], *kept, *arguments[:9])
+        ctx.constants, ctx.dims = arguments[9:13], arguments[19]
         return loss
 
     @staticmethod
@@ -406,8 +414,8 @@ class _ReducedLoss(torch.autograd.Function):
         # Expanded, not copied: a backend can tell that they are all the same.
         of_side = (*(weights * grad_loss).unbind(), grad_loss)  # columns that are no anchors take none of it
         expanded = (weight.expand(x.shape[1]) for weight, x in zip(of_side, saved[:2], strict=False))
-        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False, *correction)
-        return (None, *_or_none(grads, needs), *([None] * 14))
+        grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False, *correction, ctx.dims)
+        return (None, *_or_none(grads, needs), *([None] * 15))
 
 
 class _ReducedLossOneSweep(torch.autograd.Function):
@@ -415,9 +423,10 @@ class _ReducedLossOneSweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        checks.correction(Correction(*arguments[15:]), arguments[0], arguments[1], arguments[9])
+        checks.correction(Correction(*arguments[15:19]), arguments[0], arguments[1], arguments[9])
         ctx.save_for_backward(*arguments[:9])
-        ctx.constants = (*arguments[9:13], list(ctx.needs_input_grad[1:6]), arguments[13])
+        ctx.needs = list(ctx.needs_input_grad[1:6])
+        ctx.constants = *arguments[9:13], ctx.needs, arguments[13], arguments[19]
         loss, *ctx.grads = _below_autograd(_ops.loss_one_sweep, keyset, *arguments[:9], *ctx.constants)
         return loss
 
@@ -428,15 +437,14 @@ class _ReducedLossOneSweep(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
-        needs = ctx.constants[-2]
         # Not rounded before the factor, a gradient scaler's for one: it decides what half precision can hold.
         with torch.no_grad():
             scaled = tuple(
                 grad.mul_(grad_loss).to(x.dtype) if need else grad
-                for grad, x, need in zip(grads, ctx.saved_tensors, needs, strict=False)
+                for grad, x, need in zip(grads, ctx.saved_tensors, ctx.needs, strict=False)
             )
         scaled = first_order(scaled, (grad_loss, *ctx.saved_tensors))
-        return (None, *_or_none(scaled, needs), *([None] * 14))
+        return (None, *_or_none(scaled, ctx.needs), *([None] * 15))
 
 
 class _MaskedSimilarity(torch.autograd.Function):

@@ -51,6 +51,7 @@ class Problem(NamedTuple):
     reduction: str = "none"  # or "sum" or "mean", to one number
     shares: Sequence[float] = SYMMETRIC  # of the rows' and of the columns' losses in it, where both have them
     correction: Correction = Correction()
+    dims: Sequence[int] = ()  # prefixes, each with a loss of its own; without any features are used as given
 
     @property
     def n(self) -> int:
@@ -67,6 +68,16 @@ class Problem(NamedTuple):
     @property
     def traits(self) -> Objective:
         return OBJECTIVES[self.objective]
+
+    @property
+    def levels(self) -> int:
+        """How many losses are summed."""
+        return max(1, len(self.dims))
+
+    @property
+    def planes(self) -> int:
+        """Numbers kept of an anchor between the sweeps, by all levels."""
+        return self.traits.statistics * self.levels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +102,7 @@ class LossCall(NamedTuple):
     shares: tuple[float, float]
     correction: Correction  # without ceilings: those are made of the margin
     margin: float | None
+    dims: tuple[int, ...] = ()  # in one sweep
 
 
 class Backend(Protocol):
@@ -101,6 +113,8 @@ class Backend(Protocol):
     """G is rounded to half precision, where the inputs are of it, before the gradients' products"""
     cuts_sums: bool
     """products of half precision are summed on a matrix unit, which cuts off what float32 cannot hold"""
+    nests: bool
+    """takes a problem's `dims`; else a caller has one loss after the other, each of normalised prefixes"""
 
     def unavailable(self) -> str:
         """Why it cannot run here and what would help, or ""."""

@@ -20,6 +20,8 @@ MIN_IMAGE_NORM = 1e-6
 """Where ‖image ⊙ mask‖ is no larger than this, the similarity is 0 and passes no gradient."""
 MIN_TEXT_NORM = 1e-12
 """Where ‖text‖ is no larger than this, the similarity is 0 and passes no gradient."""
+MIN_NORM = 1e-12
+"""A prefix of features is divided by its norm, where that is less than this by this, as `F.normalize` does."""
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 """Whose losses count: those of images among texts, those of texts among images."""
@@ -57,6 +59,20 @@ OBJECTIVES = {
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of scores, statistics and losses for inputs of `dtype`: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalised(x: Tensor, width: int) -> Tensor:
+    """x[:, :width] in rows of length 1, in the precision of the scores."""
+    return F.normalize(x[:, :width].to(compute_dtype(x.dtype)), dim=1, eps=MIN_NORM)
+
+
+def normalised_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """∂L/∂x from ∂L/∂`normalised`(x, width): zeros beyond the width."""
+    width = grad.shape[1]
+    unit = normalised(x, width)
+    norm = torch.linalg.vector_norm(x[:, :width].to(grad.dtype), dim=1, keepdim=True)
+    along = torch.where(norm < MIN_NORM, 0, (grad * unit).sum(1, keepdim=True))
+    return F.pad((grad - unit * along) / norm.clamp(min=MIN_NORM), (0, x.shape[1] - width))
 
 
 def similarity(image: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -315,23 +331,28 @@ def loss(
     tau_plus: tuple[Tensor, Tensor] | float = 0.0,
     margin: float | None = None,
     directions: Sequence[str] = DIRECTIONS,
+    dims: Sequence[int] = (),
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The whole loss by definition; `clip_loss`, `siglip_loss` and `smartclip_loss` must equal it."""
-    terms = anchor_losses(
-        image,
-        text,
-        mask,
-        scale,
-        bias,
-        objective=objective,
-        image_ids=image_ids,
-        text_ids=text_ids,
-        ignore_ids=ignore_ids,
-        label_smoothing=label_smoothing,
-        tau_plus=tau_plus,
-        margin=margin,
-    )
-    return reduce(*terms, objective=objective, reduction=reduction, shares=shares_of(directions))
+    levels = [(normalised(image, d), normalised(text, d)) for d in dims] or [(image, text)]
+    terms = [
+        anchor_losses(
+            *features,
+            mask,
+            scale,
+            bias,
+            objective=objective,
+            image_ids=image_ids,
+            text_ids=text_ids,
+            ignore_ids=ignore_ids,
+            label_smoothing=label_smoothing,
+            tau_plus=tau_plus,
+            margin=margin,
+        )
+        for features in levels
+    ]
+    rows, columns = (torch.stack([of_level[side] for of_level in terms]).sum(0) for side in (0, 1))
+    return reduce(rows, columns, *terms[0][2:], objective=objective, reduction=reduction, shares=shares_of(directions))
 
 
 def similarity_gradients(

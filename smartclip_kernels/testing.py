@@ -65,6 +65,7 @@ class Inputs:
     tau_plus: tuple[Tensor, Tensor] | float = 0.0
     margin: float | None = None  # see `clear_margin`
     directions: tuple[str, ...] = reference.DIRECTIONS
+    dims: tuple[int, ...] | None = None
     wanted: tuple[str, ...] = DIFFERENTIABLE
 
     @property
@@ -182,6 +183,7 @@ def fused_loss(backend: str | None = None) -> Loss:
     def call(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
         common: dict[str, Any] = {"image_ids": x.image_ids, "text_ids": x.text_ids, "ignore_ids": x.ignore_ids}
         common |= {"reduction": reduction, "backend": backend}
+        prefixes: dict[str, Any] = {"dims": x.dims}
         of_softmax: dict[str, Any] = {"tau_plus": x.tau_plus, "margin": x.margin, "directions": x.directions}
         if x.mask is not None:
             return functional.smartclip_loss(
@@ -196,10 +198,9 @@ def fused_loss(backend: str | None = None) -> Loss:
                 **common,
             )
         if x.objective == "sigmoid":
-            return functional.siglip_loss(x.image, x.text, x.logit_scale, x.logit_bias, **common)
-        return functional.clip_loss(
-            x.image, x.text, x.logit_scale, x.logit_bias, label_smoothing=x.label_smoothing, **of_softmax, **common
-        )
+            return functional.siglip_loss(x.image, x.text, x.logit_scale, x.logit_bias, **prefixes, **common)
+        of_softmax |= {"label_smoothing": x.label_smoothing}
+        return functional.clip_loss(x.image, x.text, x.logit_scale, x.logit_bias, **of_softmax, **prefixes, **common)
 
     return call
 
@@ -221,6 +222,7 @@ def eager_loss(x: Inputs, reduction: str) -> Tensor | tuple[Tensor, Tensor]:
         tau_plus=x.tau_plus,
         margin=x.margin,
         directions=x.directions,
+        dims=x.dims or (),
     )
 
 
@@ -253,7 +255,24 @@ def truth(inputs: Inputs, reduction: str = "mean") -> Outputs:
     score_gradient = values.pop("grad_logit_bias")
     if "logit_bias" in inputs.leaves:
         values["grad_logit_bias"] = score_gradient.sum()
-    return Outputs(values, _magnitudes(exact, pair_bias, reduction), _rounded_magnitudes(exact, pair_bias, reduction))
+    # Every prefix is normalised by itself, and they add up.
+    levels = [replace(exact, image=exact.image[:, :d], text=exact.text[:, :d], dims=(d,)) for d in exact.dims or ()]
+    magnitudes, rounded = (
+        [of(level, pair_bias, reduction) for level in levels or [exact]] for of in (_magnitudes, _rounded_magnitudes)
+    )
+    return Outputs(values, _added(magnitudes), _added(rounded))
+
+
+def _added(levels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([level[name] for level in levels]).sum(0) for name in levels[0]}
+
+
+def _features(exact: Inputs) -> tuple[Tensor, Tensor]:
+    """Of which a score is made: of a prefix, normalised."""
+    if not exact.dims:
+        return exact.image, exact.text
+    (width,) = exact.dims
+    return reference.normalised(exact.image, width), reference.normalised(exact.text, width)
 
 
 def _magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, Tensor]:
@@ -262,7 +281,7 @@ def _magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, T
     Terms, not their sum: a row's sum of terms may cancel to less than the terms' own roundings, and by how much eager
     errs there is chance. (The sum's own size would fail eager itself, once its sums run in another order.)
     """
-    sim = reference.similarity(exact.image, exact.text, exact.mask)
+    sim = reference.similarity(*_features(exact), exact.mask)
     logits = sim * exact.logit_scale + pair_bias
     row, column = logits.abs().amax(1, keepdim=True), logits.abs().amax(0)[:, None]
     if exact.objective == "softmax":
@@ -286,7 +305,7 @@ def _magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, T
 
 def _rounded_magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dict[str, Tensor]:
     """What rounding G is relative to: the terms of the products that G enters, before they cancel."""
-    sim = reference.similarity(exact.image, exact.text, exact.mask)
+    sim = reference.similarity(*_features(exact), exact.mask)
     terms = _score_gradient_terms(exact, sim * exact.logit_scale + pair_bias, reduction, None)
     return dict(zip(("grad_image", "grad_text", "grad_mask"), feature_gradient_terms(exact, sim, terms), strict=True))
 
@@ -294,7 +313,8 @@ def _rounded_magnitudes(exact: Inputs, pair_bias: Tensor, reduction: str) -> dic
 def _logit_terms(exact: Inputs, pair_bias: Tensor) -> Tensor:
     """(N, M): |logits| with every term of their sums taken absolute."""
     mask = None if exact.mask is None else exact.mask.double().abs()
-    sim = exact.image.abs() @ (exact.text.abs() if mask is None else exact.text.abs() * mask).T
+    image, text = (x.abs() for x in _features(exact))
+    sim = image @ (text if mask is None else text * mask).T
     if mask is not None:
         norms = (exact.image.square() @ mask.square().T).sqrt() * exact.text.norm(dim=1)
         sim = torch.where(norms > 0, sim / norms, 0)
@@ -316,7 +336,7 @@ def _score_gradient_terms(exact: Inputs, logits: Tensor, reduction: str, logit_t
     u, v = torch.autograd.grad(losses, anchors, _incoming(losses), materialize_grads=True, allow_unused=True)
 
     # A cosine's derivative rounds its root and its division besides.
-    roundings = 1 if exact.mask is None else 2
+    roundings = 1 if exact.mask is None and not exact.dims else 2
 
     def of_anchors(terms: Tensor, logits: Tensor | None, weight: Tensor) -> Tensor:
         return terms * (weight.abs() * (1 if logits is None else roundings + logits.amax(1)))[:, None]
@@ -382,7 +402,14 @@ def _softmax_side(logits: Tensor, positive: Tensor, candidate: Tensor, tau: Tens
 def feature_gradient_terms(exact: Inputs, sim: Tensor, terms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N, 1), (M, 1), (M, 1): the largest element of each gradient's row, with every term taken absolute."""
     terms = terms * torch.as_tensor(exact.logit_scale).abs()
-    image, text = exact.image.abs(), exact.text.abs()
+    image, text = (x.abs() for x in _features(exact))
+    if exact.dims:
+        pull = terms * sim.abs()
+        image_norm, text_norm = (
+            x.norm(dim=1, keepdim=True).clamp(min=reference.MIN_NORM) for x in (exact.image, exact.text)
+        )
+        of_image, of_text = terms @ text + image * pull.sum(1)[:, None], terms.T @ image + text * pull.sum(0)[:, None]
+        return _row_max(of_image / image_norm), _row_max(of_text / text_norm), terms.new_zeros(())
     if exact.mask is None:
         return _row_max(terms @ text), _row_max(terms.T @ image), terms.new_zeros(())
     mask, sim = exact.mask.double().abs(), sim.abs()

@@ -44,6 +44,7 @@ class Tile(NamedTuple):
     row_operands: Tensors
     column_operands: Tensors
     accumulators: list[Tensor]
+    level: int = 0  # of nested operands, where the accumulator of one is made
 
 
 class Tiles:
@@ -89,26 +90,37 @@ class Tiles:
         return self.buffers[k, : shape[0] * shape[1]].view(shape)[:, : columns.stop - columns.start]
 
     def outputs(self, rows: slice, columns: slice) -> list[Tensor]:
-        """A buffer for each accumulator."""
-        return [self.buffer(k, rows, columns) for k in range(self.operands.accumulators)]
+        """A buffer for each accumulator; the same for all, where there is but one."""
+        return [self.buffer(min(k, self.count - 1), rows, columns) for k in range(self.operands.accumulators)]
 
     def tile(self, rows: tuple[slice, Tensors], columns: tuple[slice, Tensors], out: list[Tensor]) -> Tile:
         """With its products made in `out`, unless the kernels make them."""
         if self.method.fused:
             return Tile(rows[0], columns[0], rows[1], columns[1], [])
-        for row, column, accumulator in zip(rows[1], columns[1], out, strict=True):
-            torch.mm(row, column.T, out=accumulator)
+        for k in range(len(out)):
+            self._multiply(k, rows[1], columns[1], out)
         return Tile(rows[0], columns[0], rows[1], columns[1], out)
 
+    def _multiply(self, k: int, rows: Tensors, columns: Tensors, out: list[Tensor]) -> None:
+        if k and self.operands.nested:
+            torch.addmm(out[k - 1], rows[k], columns[k].T, out=out[k])
+        else:
+            torch.mm(rows[k], columns[k].T, out=out[k])
+
     def scores(self, kept: Tensor | None = None) -> Iterator[Tile]:
-        """Every tile; its products are, or the kernels leave them, among those kept; else they are in the buffers."""
+        """Every tile; its products are, or the kernels leave them, among those kept; else they are in the buffers.
+
+        Of nested operands level by level, each as soon as its products are there: the next may be made in their place.
+        """
         for rows in self.row_panels():
             for columns in self.column_panels():
                 box = rows[0], columns[0]
-                if kept is None:
-                    yield self.tile(rows, columns, [] if self.method.fused else self.outputs(*box))
+                out = [x[box] for x in kept] if kept is not None else [] if self.method.fused else self.outputs(*box)
+                if self.operands.nested:
+                    for k, accumulator in enumerate(out):
+                        self._multiply(k, rows[1], columns[1], out)
+                        yield Tile(*box, rows[1], columns[1], [accumulator], level=k)
                 else:
-                    out = [x[box] for x in kept]
                     yield self.tile(rows, columns, out)._replace(accumulators=out)
 
 

@@ -27,6 +27,8 @@ def peak(reset=False):
 def step(image, text, mask):
     if kind == "clip":
         loss = sk.clip_loss(image, text, 10.0, backend=backend)
+    elif kind == "prefixes":
+        loss = sk.clip_loss(image, text, 10.0, dims=(8, 16, 32, d), backend=backend)
     elif kind == "siglip":
         loss = sk.siglip_loss(image, text, 10.0, -10.0, backend=backend)
     elif kind == "smartclip":
@@ -62,6 +64,10 @@ def test_memory_is_linear(run_python: Any, kind: str) -> None:
     """The N×M scores alone would take 576 MiB."""
     gradients = {"clip": 2, "siglip": 2, "smartclip": 3}.get(kind, 0) * N * D * 4
     assert beyond(run_python, kind) - gradients <= 64 * 2**20 + STATISTICS + SLACK
+
+
+def test_prefixes_add_statistics_alone(run_python: Any) -> None:
+    assert beyond(run_python, "prefixes") - 2 * N * D * 4 <= 64 * 2**20 + 4 * STATISTICS + SLACK
 
 
 @pytest.mark.parametrize("kind", ["clip", "smartclip"])

@@ -103,6 +103,13 @@ def test_what_is_for_the_softmax_reaches_the_loss() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
 
 
+def test_dims_reach_the_loss() -> None:
+    image, text, scale, bias = leaves(torch.float64)
+    for loss, objective in ((ClipLoss(dims=(3, D)), "softmax"), (SigLipLoss(dims=(3, D)), "sigmoid")):
+        expected = reference.loss(image, text, None, scale, bias, objective=objective, dims=(3, D))
+        torch.testing.assert_close(loss(image, text, scale, bias), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 def test_smartclip_loss(objective: Any) -> None:
     inputs = leaves(torch.float64, n_texts=50)

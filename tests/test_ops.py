@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import smartclip_kernels as sk
-from smartclip_kernels import reference, testing
+from smartclip_kernels import backends, reference, testing
 from tests.simulated import SIMULATED
 
 ops = torch.ops.smartclip
@@ -80,6 +80,32 @@ def test_opcheck_one_sweep(backend: str, masked: bool) -> None:
     torch.library.opcheck(ops.loss_one_sweep.default, (*plain, [True, True, masked, True, True]))
 
 
+@pytest.mark.parametrize("objective", reference.OBJECTIVES)
+def test_opcheck_prefixes(backend: str, objective: str) -> None:
+    arguments, tail = loss_arguments(objective, backend, masked=False), {"dims": [3, 8, 15]}
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    if not backends.load(backend).nests:
+        with pytest.raises(ValueError, match=f"dims: got some, needs one loss for each on backend '{backend}'"):
+            ops.loss(*plain, **tail)
+        return
+    torch.library.opcheck(ops.loss.default, arguments, tail)
+    torch.library.opcheck(ops.reduced_loss.default, (*arguments, "sum"), tail)
+    rows, columns, *saved = ops.loss(*plain, **tail)
+    torch.library.opcheck(ops.loss_backward.default, (rows, columns, *saved, *plain, EVERY[:2] + [False] * 3), tail)
+    if objective == "sigmoid":
+        torch.library.opcheck(ops.loss_one_sweep.default, (*plain, [True, True, False, True, True]), tail)
+
+
+def test_prefixes_that_an_op_does_not_take() -> None:
+    masked, plain = (loss_arguments("softmax", "cpu", masked=masked, grad=False) for masked in (True, False))
+    with pytest.raises(ValueError, match="mask: got a tensor, needs None with dims"):
+        ops.loss(*masked, dims=[4])
+    with pytest.raises(ValueError, match="dims: got some and ceilings"):
+        ops.loss(*plain, image_ceiling=torch.zeros(N), text_ceiling=torch.zeros(M), dims=[4])
+    with pytest.raises(ValueError, match=r"dims: got \[4, 17\], needs strictly increasing numbers"):
+        ops.reduced_loss(*plain, "mean", dims=[4, 17])
+
+
 def test_opcheck_similarity(backend: str) -> None:
     x = list(tensors().values())[:3]
     torch.library.opcheck(ops.masked_similarity.default, (*x, backend))
@@ -106,6 +132,7 @@ def everything(backend: str) -> Callable[..., Tensor]:
             loss + sk.siglip_loss(image, text, scale, bias, **b) + sk.siglip_loss(image, text, 2.0, dims=(7, 16), **b)
         )
         debiased: dict[str, Any] = {"tau_plus": 0.05, "margin": 0.1, "directions": ("text_to_image",)}
+        loss = loss + sk.clip_loss(image, text, scale, dims=(7, 12), **b)
         loss = loss + sk.smartclip_loss(image, text, mask, scale, reduction="sum", **debiased, **b)
         loss = loss + sk.smartclip_loss(image, text, mask, scale, bias, objective="sigmoid", **b)
         return loss + sk.masked_similarity(image, text, mask, **b).sum()

@@ -36,6 +36,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             options = dict(backend="cpu", **ids)
             sk.clip_loss(image, text, scale, bias, label_smoothing=0.1, **options).backward()
             sk.siglip_loss(image, text, scale, bias, **options).backward()
+            for loss in (sk.clip_loss, sk.siglip_loss):
+                loss(image, text, scale, bias, dims=(3, d - 1), **options).backward()
             for objective in ("softmax", "sigmoid"):
                 sk.smartclip_loss(image, text, mask, scale, bias, objective=objective, **options).backward()
             sk.masked_similarity(image, text, mask, backend="cpu").sum().backward()

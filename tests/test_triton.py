@@ -99,7 +99,7 @@ def test_float64_is_refused_by_name() -> None:
 def test_an_exact_precision_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 products are float32's unless torch's own setting says otherwise; TF32 is never a surprise."""
     from smartclip_kernels.backends.triton import launch
-    from smartclip_kernels.engine import Side
+    from smartclip_kernels.launch import Side
     from smartclip_kernels.problem import Problem
 
     x = torch.eye(4)

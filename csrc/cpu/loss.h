@@ -209,6 +209,8 @@ void gradient_of(const Problem<T>& problem, const Tile<T>& tile, int threads) {
           parameters[0] += sum_scale.v[lane];
           parameters[1] += sum_bias.v[lane];
         }
+        if (problem.row.score_gradient)
+          problem.row.score_gradient[tile.row + r] = static_cast<T>(parameters[0] * *problem.scale);
       }
     }
   });

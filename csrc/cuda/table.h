@@ -7,6 +7,9 @@
 
 namespace smartclip::cuda {
 
+// Of those that there are: prefixes, which a Cosine is for, come here one by one, normalised.
+using Similarities = List<device::Dot, device::MaskedCosine>;
+
 template <class Objective>
 void launch_gather(const Gather& p, Stream stream) {
   const int64_t blocks = blocks_of(p.row_partials.count) + blocks_of(p.column_partials.count);
@@ -70,7 +73,7 @@ const Kernels* find_similarity(const std::string& name, const std::string& objec
 
 template <template <class, class> class Of>
 const Kernels* find_kernels(const std::string& similarity, const std::string& objective) {
-  return find_similarity<Of>(similarity, objective, device::Similarities());
+  return find_similarity<Of>(similarity, objective, Similarities());
 }
 
 }  // namespace smartclip::cuda

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from smartclip_kernels.backends.device import METHOD, DeviceLaunch, Panel, Slots, size
-from smartclip_kernels.engine import Launch, Side, TiledBackend
-from smartclip_kernels.operands import operands_class
+from smartclip_kernels.engine import TiledBackend, operands_class
+from smartclip_kernels.launch import Launch, Side
 from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.tiles import Tile
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smartclip_kernels.engine import Side, reduced, write_sums
+from smartclip_kernels.launch import Side, reduced, write_sums
 from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.tiles import Method, Tile
 

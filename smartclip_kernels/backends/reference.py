@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ class ReferenceBackend:
     name = "reference"
     rounds_scores = False
     cuts_sums = False
+    nests = True
 
     def unavailable(self) -> str:
         return ""
@@ -25,37 +28,9 @@ class ReferenceBackend:
         return (0,)
 
     def loss(self, problem: Problem) -> Tensors:
-        rows, columns, *positives = reference.anchor_losses(
-            problem.image,
-            problem.text,
-            problem.mask,
-            problem.scale.reshape(()),
-            None if problem.bias is None else problem.bias.reshape(()),
-            objective=problem.objective,
-            image_ids=problem.image_ids,
-            text_ids=problem.text_ids,
-            ignore_ids=_pair(problem.image_ignore, problem.text_ignore),
-            label_smoothing=problem.label_smoothing,
-            tau_plus=_pair(*problem.correction[:2]) or 0.0,
-            margin=_pair(*problem.correction[2:]),
-        )
-        _, logits, positive, for_rows, for_columns = _scores(problem)
-        state = STATES[problem.objective]
-        row_states = state.of(logits, positive, for_rows)
-        column_states = row_states.new_empty(len(row_states), 0)
-        if problem.traits.both_sides:
-            column_states = state.of(logits.T, positive.T, for_columns.T)
-        total, weights = rows.new_empty(0), rows.new_empty(0)
-        if problem.reduction != "none":
-            total, weights = reference.reduce_losses(
-                rows,
-                columns,
-                *positives,
-                objective=problem.objective,
-                reduction=problem.reduction,
-                shares=problem.shares,
-            )
-        return total, weights, rows, columns, row_states, column_states, rows.new_empty(0)
+        totals, weights, rows, columns, *states = zip(*map(_loss, _levels(problem)), strict=True)
+        total, of_rows, of_columns = (torch.stack(x).sum(0) for x in (totals, rows, columns))
+        return total, weights[0], of_rows, of_columns, *map(torch.cat, states), total.new_empty(0)
 
     def loss_backward(
         self, problem: Problem, saved: Tensors, weights: Tensors, needs: Needs, unrounded: bool
@@ -95,6 +70,51 @@ def _pair(image: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor] | 
     return None if image is None or text is None else (image, text)
 
 
+def _loss(problem: Problem) -> Tensors:
+    """Of one level, without products."""
+    rows, columns, *positives = reference.anchor_losses(
+        problem.image,
+        problem.text,
+        problem.mask,
+        problem.scale.reshape(()),
+        None if problem.bias is None else problem.bias.reshape(()),
+        objective=problem.objective,
+        image_ids=problem.image_ids,
+        text_ids=problem.text_ids,
+        ignore_ids=_pair(problem.image_ignore, problem.text_ignore),
+        label_smoothing=problem.label_smoothing,
+        tau_plus=_pair(*problem.correction[:2]) or 0.0,
+        margin=_pair(*problem.correction[2:]),
+    )
+    _, logits, positive, for_rows, for_columns = _scores(problem)
+    state = STATES[problem.objective]
+    row_states = state.of(logits, positive, for_rows)
+    column_states = row_states.new_empty(len(row_states), 0)
+    if problem.traits.both_sides:
+        column_states = state.of(logits.T, positive.T, for_columns.T)
+    total, weights = rows.new_empty(0), rows.new_empty(0)
+    if problem.reduction != "none":
+        total, weights = reference.reduce_losses(
+            rows,
+            columns,
+            *positives,
+            objective=problem.objective,
+            reduction=problem.reduction,
+            shares=problem.shares,
+        )
+    return total, weights, rows, columns, row_states, column_states
+
+
+def _levels(problem: Problem) -> list[Problem]:
+    """One for each of its prefixes, normalised."""
+    image, text = problem.image, problem.text
+    of_prefixes = [
+        problem._replace(image=reference.normalised(image, d), text=reference.normalised(text, d), dims=())
+        for d in problem.dims
+    ]
+    return of_prefixes or [problem]
+
+
 def _scores(problem: Problem) -> Tensors:
     """sim, logits, and which pairs are positive and which count for rows and for columns: (N, M) all."""
     sim = reference.similarity(problem.image, problem.text, problem.mask)
@@ -106,7 +126,19 @@ def _scores(problem: Problem) -> Tensors:
     return sim, logits, positive, reference.below_ceiling(logits, positive, candidate, row_ceiling), for_columns
 
 
-def _gradients(problem: Problem, states: Tensors, weights: Tensors) -> tuple[Tensor | None, ...]:
+def _gradients(problem: Problem, states: Sequence[Tensor], weights: Tensors) -> tuple[Tensor | None, ...]:
+    """Of all levels."""
+    levels, terms = _levels(problem), []
+    for level, *of_level in zip(levels, *(x.chunk(len(levels)) for x in states), strict=True):
+        image, text, *others = _level_gradients(level, of_level, weights)
+        if problem.dims and image is not None and text is not None:
+            image = reference.normalised_gradient(problem.image, image)
+            text = reference.normalised_gradient(problem.text, text)
+        terms.append((image, text, *others))
+    return tuple(None if x[0] is None else torch.stack(x).sum(0) for x in zip(*terms, strict=True))
+
+
+def _level_gradients(problem: Problem, states: Sequence[Tensor], weights: Tensors) -> tuple[Tensor | None, ...]:
     """Of image, text, mask, scale and bias, in the precision of the scores. States may know of more candidates."""
     sim, logits, positive, for_rows, for_columns = _scores(problem)
     state, smoothing, least = STATES[problem.objective], problem.label_smoothing, problem.least_logit()

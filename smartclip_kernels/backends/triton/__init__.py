@@ -12,7 +12,8 @@ import os
 import torch
 
 from smartclip_kernels.backends.device import METHOD
-from smartclip_kernels.engine import Launch, Side, TiledBackend
+from smartclip_kernels.engine import TiledBackend
+from smartclip_kernels.launch import Launch, Side
 from smartclip_kernels.problem import Problem
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smartclip_kernels.backends.device import DeviceLaunch, Panel, Slots, size
 from smartclip_kernels.backends.triton import backward, config, forward, interpreted, retrieval
-from smartclip_kernels.engine import Side
+from smartclip_kernels.launch import Side
 from smartclip_kernels.problem import Problem
 from smartclip_kernels.tiles import Tile
 
