@@ -152,9 +152,9 @@ def below(logit, ceiling, index, size, row_id, column_id, axis: tl.constexpr):
     if ceiling is None:
         return logit
     else:
-        # "Is not above": a NaN compares false and must stay visible.
+        # "Is above": a NaN is not.
         bound = tl.expand_dims(tl.load(ceiling + index, mask=index < size, other=0.0), axis)
-        return tl.where((row_id[:, None] == column_id[None, :]) | ~(logit > bound), logit, objective.LOWEST)
+        return tl.where((logit > bound) & (row_id[:, None] != column_id[None, :]), objective.LOWEST, logit)
 
 
 @triton.jit
