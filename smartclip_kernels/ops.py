@@ -435,10 +435,10 @@ class _ReducedLossOneSweep(torch.autograd.Function):
         # In place: a second set of gradients would double their memory. So they serve one backward pass only; another
         # one over a retained graph makes them anew.
         grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
-        # Not rounded before the factor, a gradient scaler's for one: it decides what half precision can hold.
         with torch.no_grad():
+            if grads is None:
+                grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
+            # Not rounded before the factor, a gradient scaler's for one: it decides what half precision can hold.
             scaled = tuple(
                 grad.mul_(grad_loss).to(x.dtype) if need else grad
                 for grad, x, need in zip(grads, ctx.saved_tensors, ctx.needs, strict=False)

@@ -248,12 +248,13 @@ def test_second_derivatives_raise(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCALARS)
-def test_a_retained_graph_gives_the_same_bits_again(backend: str, name: str) -> None:
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_retained_graph_gives_the_same_bits_again(backend: str, name: str, create_graph: bool) -> None:
     x = tuple(tensors(m=N).values())
     wanted = x if name == "smartclip" else x[:2]
     loss = SCALARS[name](*x, backend)
-    first = torch.autograd.grad(loss, wanted, retain_graph=True)
-    second = torch.autograd.grad(loss, wanted)
+    first = torch.autograd.grad(loss, wanted, retain_graph=True, create_graph=create_graph)
+    second = torch.autograd.grad(loss, wanted, create_graph=create_graph)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
