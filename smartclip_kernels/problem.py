@@ -106,7 +106,7 @@ class LossCall(NamedTuple):
 
 
 class Backend(Protocol):
-    """What ops.py calls. Gradients come in the order of `Needs`; those not needed are empty tensors."""
+    """What the ops call. Gradients come in the order of `Needs`; those not needed are empty tensors."""
 
     name: str
     rounds_scores: bool

@@ -2,7 +2,7 @@
 
 A state is (planes, anchors), one plane a number; `Objective.statistics` counts them, and the compiled code fills the
 same ones. States of different candidates of an anchor merge into the state of all of them: that is what processes
-exchange (distributed.py). The reference backend makes its states here.
+exchange (distributed/). The reference backend makes its states here.
 """
 
 from __future__ import annotations
