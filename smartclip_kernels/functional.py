@@ -439,7 +439,8 @@ def _arguments(
     correction = Correction(*_tau(tau_plus, image, text))
     above = None if margin is None else float(margin)
     swept = () if dims is None or level is not None else tuple(dims)
-    return LossCall(arguments, reduction, shares_of(directions), correction, above, swept)
+    width = None if dims is None or level is None else dims[level]
+    return LossCall(arguments, reduction, shares_of(directions), correction, above, swept, width)
 
 
 def _one_process(call: LossCall) -> Any:

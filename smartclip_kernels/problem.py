@@ -103,6 +103,7 @@ class LossCall(NamedTuple):
     correction: Correction  # without ceilings: those are made of the margin
     margin: float | None
     dims: tuple[int, ...] = ()  # in one sweep
+    width: int | None = None  # of the prefixes that image and text are; None: they are whole
 
 
 class Backend(Protocol):

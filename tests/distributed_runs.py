@@ -103,11 +103,11 @@ def prefixes(group: dist.ProcessGroup, whole: Inputs, rows: list[int], dims: Any
     return [loss.detach(), *torch.autograd.grad(loss, list(wanted.values()))]
 
 
-def prefixes_of_one_rank(group: dist.ProcessGroup) -> str:
+def prefixes_of_one_rank(group: dist.ProcessGroup, at_one: tuple[int, ...], at_others: tuple[int, ...] | None) -> str:
     """What the others hear of it."""
     x = make_inputs(4, d=8)
     try:
-        sk.clip_loss(x.image, x.text, 2.0, dims=(9,) if dist.get_rank(group) == 1 else (4,), group=group)
+        sk.clip_loss(x.image, x.text, 2.0, dims=at_one if dist.get_rank(group) == 1 else at_others, group=group)
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "nothing was raised"

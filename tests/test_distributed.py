@@ -211,7 +211,10 @@ def test_prefixes(ranks: Ranks) -> None:
     torch.testing.assert_close(torch.stack([x[0] for x in found]).mean(), loss.detach(), rtol=1e-12, atol=0)
     for k, grad in ((1, image), (2, text)):
         torch.testing.assert_close(torch.cat([x[k] for x in found]) / 3, grad, rtol=1e-10, atol=1e-13)
-    assert all("dims: got (9,), needs" in message for message in ranks.outcomes(runs.prefixes_of_one_rank, among=3))
+    messages = ranks.outcomes(runs.prefixes_of_one_rank, (9,), (4,), among=3)
+    assert all("dims: got (9,), needs" in message for message in messages)
+    messages = ranks.outcomes(runs.prefixes_of_one_rank, (8,), None, among=3)
+    assert all("dims: all ranks of the group need the same, got rank 1 8" in message for message in messages), messages
 
 
 @objectives

@@ -124,6 +124,7 @@ def _header(call: LossCall, strategy: str, semantics: Semantics) -> dict[str, An
     wants = zip(Needs._fields, needed_gradients(*arguments[:5]), strict=True)
     return {
         "embedding width": image.shape[1],
+        "dims": call.width,
         "dtype": str(image.dtype),
         "mask": None if mask is None else str(mask.dtype),
         "logit_bias": "absent" if bias is None else "given",
