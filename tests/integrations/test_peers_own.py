@@ -11,7 +11,7 @@ it; whose tests are not there are skipped:
 
 ::
 
-    SMARTCLIP_PEERS=folder python -m pytest -m slow tests/integrations/test_peers.py
+    SMARTCLIP_PEERS=folder python -m pytest -m slow tests/integrations/test_peers_own.py
 
 Nothing is downloaded on the way, and nobody waits for a ResNet-50: where a test names a model, it gets a small one of
 random weights under that name. A test that cannot run fails on both sides, which is the same outcome. transformers'
