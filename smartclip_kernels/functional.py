@@ -74,8 +74,8 @@ def clip_loss(
             not count for that anchor; it still may for the other one of the pair. A float, for a positive logit_scale;
             a pair within rounding of the bound may fall on either side of it. The bound is a constant, no gradient
             goes through it. Costs D for every positive pair; with ids on a GPU two more sweeps over the scores, in
-            which the best positives are looked for (2·N·M·D each, where loss and gradients take 6 or 8). None masks
-            nothing.
+            which the best positives are looked for (2·N·M·D each, where loss and gradients take 6 or 8), and in a
+            "ring" the features travel once more. None masks nothing.
         directions: whose losses count: images' among texts, texts' among images, or both, half each. Of one alone the
             loss is that side's mean or sum, without the ½.
         dims: Matryoshka prefixes (Kusupati et al. 2022, arXiv 2205.13147): strictly increasing widths, none above D.

@@ -116,8 +116,8 @@ class NestedLaunch:
         return torch.stack(losses).sum(0), weights[0]
 
     def anchor(self) -> Tensor | None:
-        for launch in self.launches:
-            launch.anchor()
+        gains = [launch.anchor() for launch in self.launches]
+        assert not any(gain is not None for gain in gains), "levels would need one gain for all"
         return None
 
     def gradient(self, tile: Tile, out: list[Tensor], statistics: bool) -> None:

@@ -37,6 +37,8 @@ from torch.nn import functional as F
 
 import smartclip_kernels as sk
 from smartclip_kernels.integrations import require
+from smartclip_kernels.ops import autocast
+from smartclip_kernels.reference import paired_similarity
 
 require("sentence_transformers", "6.0", "sentence-transformers")
 
@@ -165,11 +167,11 @@ def _hard_softmax(
 ) -> Tensor:
     """A_i where logits of negatives have h · similarity more: log(1 + Σ e^(s_ij + h_ij) / e^s(positive))."""
     scale, of_others, of_own = loss.scale, *(_hardness(loss, x) for x in ("in_batch_negatives", "hard_negatives"))
-    positive = (queries * documents[0]).sum(1)
+    positive = _paired(queries, documents[0])
     own = None
     if of_own != of_others and len(documents) > 1:  # their own are kept from them, and added one by one
         answers = [(x, whose, ids if k and k < len(documents) else kept) for k, (x, whose, kept) in enumerate(answers)]
-        own = torch.stack([(queries * x).sum(1) for x in documents[1:]], dim=1)
+        own = torch.stack([_paired(queries, x) for x in documents[1:]], dim=1)
         own = (scale * (own - positive[:, None]) + of_own * own.detach()).logsumexp(1)
     share = scale / (scale + of_others)
     harder = [(_slowed(x, share), whose, kept) for x, whose, kept in answers]
@@ -181,6 +183,11 @@ def _hard_softmax(
     if own is not None:
         others = torch.logaddexp(others, own)
     return torch.logaddexp(others, torch.zeros_like(others))
+
+
+def _paired(queries: Tensor, documents: Tensor) -> Tensor:
+    """(N,): row by row what `sk.clip_loss` scores, in its precision."""
+    return paired_similarity(*autocast(queries, documents))
 
 
 def _slowed(x: Tensor, share: float) -> Tensor:

@@ -8,7 +8,7 @@ backward pass, which runs on another thread. Registered with `Library.define` an
 
 from __future__ import annotations
 
-from smartclip_kernels.ops import fakes, kernels
+from smartclip_kernels.ops import fakes, kernels  # importing them registers them
 from smartclip_kernels.ops.autograd import first_order, needed_gradients
 from smartclip_kernels.ops.casts import autocast
 
