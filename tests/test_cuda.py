@@ -191,7 +191,7 @@ class Launches(TorchDispatchMode):
         name = func.__name__.split(".")[0]
         if func.namespace == "smartclip":
             with self:
-                return getattr(ops, f"_{name}")(*args, **(kwargs or {}))
+                return getattr(ops.kernels, f"_{name}")(*args, **(kwargs or {}))
         if name not in NO_LAUNCH:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
