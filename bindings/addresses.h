@@ -66,6 +66,7 @@ Problem<T> problem_of(const py::dict& row, const py::dict& column, uintptr_t sca
   problem.row = side_of<T>(row);
   problem.column = side_of<T>(column);
   if (factors && !(problem.row.factor && problem.column.factor)) refuse("factor is null");
+  if (!problem.row.id != !problem.column.id) refuse("id is given for one side only");
   if (!problem.row.ignore != !problem.column.ignore) refuse("ignore is given for one side only");
   if (!problem.row.ceiling != !problem.column.ceiling) refuse("ceiling is given for one side only");
   problem.scale = required<const T>(scale, "scale");
@@ -80,11 +81,6 @@ void check_box(const Problem<T>& problem, const Box& box) {
   if (row < 0 || rows < 1 || row + rows > problem.row.size || column < 0 || columns < 1 ||
       column + columns > problem.column.size)
     refuse("the tile lies outside the scores");
-}
-
-template <class T>
-void need_ids(const Problem<T>& problem) {
-  if (!problem.row.id || !problem.column.id) refuse("id is null");
 }
 
 // `member` of the rows, and of the columns where they are anchors, too.

@@ -27,7 +27,6 @@ class Launch {
     if (!kernels_) refuse("no kernel for " + architecture + ", " + element + ", " + similarity + " and " + objective);
     if (multiprocessors < 1) refuse("multiprocessors must be at least 1");
     problem_ = problem_of<float>(row, column, scale, bias, label_smoothing, kernels_->factors);
-    if (!problem_.row.id != !problem_.column.id) refuse("id is given for one side only");
   }
 
   // How many results a kernel leaves of each row, of each column, and of all scores.

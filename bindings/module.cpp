@@ -48,15 +48,23 @@ class Launch {
 
   void statistics(const Box& box, const Addresses& accumulators, int64_t stride) const {
     const Tile<T> tile = tile_of(box, accumulators, stride);
-    need_ids(problem_);
     need(&Side<T>::statistics, "statistics");
     run([&] { kernels_->statistics(problem_, tile, threads_); });
   }
 
-  void loss() const {
+  void loss(const std::vector<double>& shares, bool mean, bool counted, uintptr_t loss, uintptr_t weights) const {
     need(&Side<T>::statistics, "statistics");
     need(&Side<T>::loss, "loss");
-    run([&] { kernels_->loss(problem_); });
+    Reduction<T> reduction;
+    if (loss) {
+      if (shares.size() != (kernels_->both_sides ? 2 : 1)) refuse("needs a share for each side that has losses");
+      for (size_t k = 0; k < shares.size(); ++k) reduction.share[k] = shares[k];
+      reduction.mean = mean;
+      reduction.counted = counted;
+      reduction.loss = required<T>(loss, "loss");
+      reduction.weight = required<T>(weights, "weights");
+    }
+    run([&] { kernels_->loss(problem_, reduction); });
   }
 
   void anchor() const {
@@ -69,7 +77,6 @@ class Launch {
   void gradient(const Box& box, const Addresses& accumulators, int64_t stride, const Addresses& out, int64_t out_stride,
                 bool statistics) const {
     const Tile<T> tile = tile_of(box, accumulators, stride, out, out_stride);
-    need_ids(problem_);
     need(&Side<T>::anchor, "anchor");
     if (statistics && !problem_.row.statistics) refuse("statistics is null");
     if (!problem_.parameter_gradient) refuse("parameter_gradient is null");
@@ -100,7 +107,6 @@ class Launch {
   void best_positive(const Box& box, const Addresses& accumulators, int64_t stride, bool swapped, uintptr_t values,
                      uintptr_t indices) const {
     const Tile<T> tile = tile_of(box, accumulators, stride);
-    need_ids(problem_);
     const Best<T> best{required<T>(values, "values"), required<int64_t>(indices, "indices"), 1};
     run([&] { kernels_->best_positive(problem_, tile, swapped, best, threads_); });
   }
@@ -166,7 +172,8 @@ void define_launch(py::module_& module, const char* name) {
            py::kw_only(), arg("similarity"), arg("objective"), arg("row"), arg("column"), arg("scale"), arg("bias") = 0,
            arg("label_smoothing") = 0.0, arg("parameter_gradient") = 0, arg("threads"))
       .def("statistics", &L::statistics, arg("box"), arg("accumulators"), arg("stride"))
-      .def("loss", &L::loss)
+      .def("loss", &L::loss, arg("shares") = std::vector<double>(), arg("mean") = false, arg("counted") = false,
+           arg("loss") = 0, arg("weights") = 0)
       .def("anchor", &L::anchor)
       .def("gradient", &L::gradient, arg("box"), arg("accumulators"), arg("stride"), arg("out"), arg("out_stride"),
            arg("statistics"))

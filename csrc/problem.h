@@ -33,7 +33,7 @@ struct Target {
 template <class T>
 struct Side {
   int64_t size = 0;
-  const int32_t* id = nullptr;      // equal ids make a pair positive; null on a GPU: one's own number
+  const int32_t* id = nullptr;      // equal ids make a pair positive; null: one's own number
   const int32_t* ignore = nullptr;  // equal ignore ids take a pair out that is not positive; null: none are
   const T* factor = nullptr;        // what the similarity knows of this row or column; null where it needs nothing
   T* statistics = nullptr;          // Objective::kStatistics planes, filled by the forward sweep

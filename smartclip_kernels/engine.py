@@ -16,7 +16,7 @@ from torch import Tensor
 from smartclip_kernels.launch import Launch, LossLaunch, MakeLaunch, Side
 from smartclip_kernels.nested import NestedLaunch, Prefixes
 from smartclip_kernels.operands import Dot, MaskedCosine, Operands
-from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients, ranks_of_ids
+from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients, of_anchors, ranks_of_ids
 from smartclip_kernels.tiles import Method, Tile, Tiles
 
 
@@ -31,7 +31,7 @@ class TiledBackend:
         *,
         nested: Method | None = None,
         cuts_sums: bool = False,
-        needs_ids: bool = True,
+        needs_ids: bool = False,
     ) -> None:
         """`nested`: the method for prefixes. `needs_ids`: kernels have to be told that row i matches column i."""
         self.name, self.method, self.make_launch, self.needs_ids = name, method, make_launch, needs_ids
@@ -49,7 +49,10 @@ class TiledBackend:
         return not self.method.fused
 
     def loss(self, problem: Problem) -> Tensors:
-        operands, row, column = self._sides(problem)
+        """A reduced loss keeps no products: where they fit, its gradients are made with it."""
+        return self._loss(problem, *self._sides(problem), keep=problem.reduction == "none")
+
+    def _loss(self, problem: Problem, operands: Operands, row: Side, column: Side, keep: bool) -> Tensors:
         empty = problem.scale.new_empty
         losses, statistics = [], []
         for side, count in ((row, problem.n), (column, problem.m if problem.traits.both_sides else 0)):
@@ -57,7 +60,7 @@ class TiledBackend:
             side.loss = empty(count, dtype=problem.dtype)
             losses.append(side.loss)
             statistics.append(side.statistics)
-        products = empty(self.kept_shape(problem), dtype=problem.dtype)
+        products = empty(self.kept_shape(problem) if keep else (0,), dtype=problem.dtype)
         kept = products if products.numel() else None
         if kept is not None and kept.shape[2] > problem.m:
             kept[:, :, problem.m :].zero_()  # nobody reads it, but the op returns it
@@ -74,8 +77,13 @@ class TiledBackend:
         row.weight, column.weight = weights
         return self._gradients(problem, operands, row, column, needs, products, False, unrounded)[1]
 
-    def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
+    def loss_and_gradients(self, problem: Problem, needs: Needs) -> Tensors:
         operands, row, column = self._sides(problem)
+        if problem.traits.needs_statistics:
+            loss, weights, rows, columns, _, _, products = self._loss(problem, operands, row, column, keep=True)
+            row.weight, column.weight = of_anchors(weights, (len(rows), len(columns)))
+            row.loss = column.loss = None  # they are made
+            return loss, *self._gradients(problem, operands, row, column, needs, products, False, True)[1]
         row.statistics = problem.scale.new_empty(problem.planes, problem.n, dtype=problem.dtype)
         row.loss = problem.scale.new_empty(problem.n, dtype=problem.dtype)
         weight = 1 / problem.n if problem.reduction == "mean" else 1.0

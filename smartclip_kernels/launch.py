@@ -66,8 +66,7 @@ def reduced(problem: Problem, row: Side, column: Side) -> Tensors:
     if problem.reduction == "none":
         return row.loss.new_empty(0), row.loss.new_empty(0)
     columns = row.loss[:0] if column.loss is None else column.loss
-    # Where nobody gave ids, all are anchors.
-    counted = problem.image_ids is not None and problem.traits.both_sides
+    counted = problem.counts_anchors
     positives = (side.statistics[0] if counted and side.statistics is not None else None for side in (row, column))
     return reduce_losses(
         row.loss,

@@ -84,6 +84,11 @@ class Problem(NamedTuple):
         """Of scores, statistics and losses."""
         return compute_dtype(self.image.dtype)
 
+    @property
+    def counts_anchors(self) -> bool:
+        """Whether a mean is over anchors with a positive; where nobody gave ids, all have one."""
+        return self.image_ids is not None and self.traits.both_sides
+
     def least_logit(self) -> Tensor:
         """β − α, what features of length 1 give at least."""
         scale = self.scale.reshape(()).to(self.dtype)
@@ -138,8 +143,8 @@ class Backend(Protocol):
         number, expanded. `unrounded`: in the scores' dtype.
         """
 
-    def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
-        """The loss (0-D) and its gradients in the scores' dtype, for an objective without statistics."""
+    def loss_and_gradients(self, problem: Problem, needs: Needs) -> Tensors:
+        """The reduced loss (0-D) and its gradients in the scores' dtype."""
 
     def masked_similarity(self, problem: Problem) -> Tensor: ...
 
@@ -151,6 +156,15 @@ class Backend(Protocol):
         """Of every text, or every image: the largest similarity of a positive, NaN before all; −∞ without one."""
 
     def retrieval_ranks(self, problem: Problem, per_text: bool) -> Tensor: ...
+
+
+def of_anchors(weights: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A number a side as one an anchor: expanded, not copied, so that a backend can tell that they are all the same.
+
+    Columns that are no anchors have none.
+    """
+    row, *column = weights.unbind()
+    return row.expand(sizes[0]), (column or [row])[0].expand(sizes[1])
 
 
 def ranks_of_ids(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:

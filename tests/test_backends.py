@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import smartclip_kernels as sk
 from smartclip_kernels import backends, reference, testing
 from smartclip_kernels.backends import cpu
+from smartclip_kernels.ops import kernels
 from tests.simulated import NOT_SIMULATED, SIMULATED
 
 CPU = torch.device("cpu")
@@ -119,6 +121,64 @@ def test_products_are_kept_only_where_they_fit(set_workspace: Callable[[float | 
     needed = 64 * 64 * 4
     assert torch.ops.smartclip.loss(*arguments, 2 * needed)[4].shape == (1, 64, 64)
     assert torch.ops.smartclip.loss(*arguments, 2 * needed - 2)[4].numel() == 0
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "smartclip":
+            with self:
+                return getattr(kernels, "_" + func.__name__.split(".")[0])(*args, **(kwargs or {}))
+        self.count += func.__name__.split(".")[0] in ("mm", "addmm", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("objective", "megabytes", "expected"),
+    [("softmax", 64, (3, 0)), ("softmax", 0.03, (1, 3)), ("sigmoid", 64, (3, 0)), ("sigmoid", 0.03, (3, 0))],
+)
+def test_gradients_are_made_with_the_loss_where_no_product_is_made_twice(
+    objective: str, megabytes: float, expected: tuple[int, int], set_workspace: Callable[[float | None], None]
+) -> None:
+    """Products forward and backward. In 0.03 MiB one tile of all scores has room, but not twice."""
+    set_workspace(megabytes)
+    loss_of = sk.clip_loss if objective == "softmax" else sk.siglip_loss
+    x, y = (torch.randn(64, 8, requires_grad=True) for _ in range(2))
+    with Products() as products:
+        loss = loss_of(x, y, 5.0, backend="cpu")
+        forward, products.count = products.count, 0
+        loss.backward()
+        assert (forward, products.count) == expected
+        products.count = 0
+        with torch.no_grad():
+            loss_of(x, y, 5.0, backend="cpu")
+        assert products.count == 1
+
+
+def test_a_reduction_without_its_shares_is_refused() -> None:
+    one = torch.ones(9)
+    side = {"size": 1, "statistics": one.data_ptr(), "loss": one.data_ptr()}
+    launch = cpu.compiled().LaunchFloat32(
+        similarity="dot", objective="softmax", row=side, column=side, scale=one.data_ptr(), threads=1
+    )
+    with pytest.raises(ValueError, match="needs a share for each side that has losses"):
+        launch.loss([0.5], True, False, one.data_ptr(), one.data_ptr())
+    with pytest.raises(ValueError, match="weights is null"):
+        launch.loss([0.5, 0.5], True, False, one.data_ptr())
+    with pytest.raises(ValueError, match="id is given for one side only"):
+        cpu.compiled().LaunchFloat32(
+            similarity="dot",
+            objective="softmax",
+            row=side | {"id": one.data_ptr()},
+            column=side,
+            scale=one.data_ptr(),
+            threads=1,
+        )
 
 
 def test_traits_of_objectives_are_those_of_the_compiled_code() -> None:

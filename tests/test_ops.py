@@ -74,10 +74,14 @@ def test_opcheck_debiased_and_masked_in_one_direction(backend: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_opcheck_one_sweep(backend: str, masked: bool) -> None:
-    arguments = loss_arguments("sigmoid", backend, masked=masked)
-    plain = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-    torch.library.opcheck(ops.loss_one_sweep.default, (*plain, [True, True, masked, True, True]))
+@pytest.mark.parametrize("objective", reference.OBJECTIVES)
+def test_opcheck_loss_and_gradients(backend: str, objective: str, masked: bool) -> None:
+    arguments = loss_arguments(objective, backend, masked=masked, grad=False)
+    tail = [True, True, masked, True, True], "mean"
+    torch.library.opcheck(ops.loss_and_gradients.default, (*arguments, *tail))
+    if reference.OBJECTIVES[objective].both_sides:
+        tau = torch.linspace(0, 0.1, N), torch.linspace(0.1, 0, M)
+        torch.library.opcheck(ops.loss_and_gradients.default, (*arguments, *tail, [0.25, 0.75], *tau))
 
 
 @pytest.mark.parametrize("objective", reference.OBJECTIVES)
@@ -92,8 +96,8 @@ def test_opcheck_prefixes(backend: str, objective: str) -> None:
     torch.library.opcheck(ops.reduced_loss.default, (*arguments, "sum"), tail)
     rows, columns, *saved = ops.loss(*plain, **tail)
     torch.library.opcheck(ops.loss_backward.default, (rows, columns, *saved, *plain, EVERY[:2] + [False] * 3), tail)
-    if objective == "sigmoid":
-        torch.library.opcheck(ops.loss_one_sweep.default, (*plain, [True, True, False, True, True]), tail)
+    needs = [True, True, False, True, True]
+    torch.library.opcheck(ops.loss_and_gradients.default, (*plain, needs, "sum"), tail)
 
 
 def test_prefixes_that_an_op_does_not_take() -> None:
@@ -267,12 +271,6 @@ def test_without_gradients(backend: str, name: str, mode: Any) -> None:
         actual = SCALARS[name](*x, backend)
     assert not actual.requires_grad
     torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-6)
-
-
-def test_one_sweep_needs_an_objective_without_statistics(backend: str) -> None:
-    arguments = loss_arguments("softmax", backend)
-    with pytest.raises(ValueError, match="objective: got 'softmax'"):
-        ops.loss_one_sweep(*arguments, EVERY)
 
 
 def test_only_gradients_asked_for_are_made(backend: str) -> None:

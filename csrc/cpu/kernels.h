@@ -17,6 +17,16 @@ struct Tile {
   int64_t out_stride = 0;
 };
 
+// How the losses of a batch become one number.
+template <class T>
+struct Reduction {
+  double share[2] = {};  // of the rows' and of the columns' losses in it
+  bool mean = false;     // over a side's anchors; else the sum
+  bool counted = false;  // anchors are those with a positive; else all
+  T* loss = nullptr;     // null: they stay as they are
+  T* weight = nullptr;   // for each side that has losses, what one counts in it
+};
+
 // Best candidates of every row so far, best first; (rows, k) each.
 template <class T>
 struct Best {
@@ -31,8 +41,8 @@ template <class T>
 struct Kernels {
   // accumulators -> statistics of rows and columns
   void (*statistics)(const Problem<T>&, const Tile<T>&, int threads);
-  // statistics -> loss, on each side that has anchors
-  void (*loss)(const Problem<T>&);
+  // statistics -> loss, on each side that has anchors, and their reduction
+  void (*loss)(const Problem<T>&, const Reduction<T>&);
   // statistics and weights -> anchor
   void (*anchor)(const Problem<T>&);
   // accumulators -> dL/daccumulator; with `statistics`, those of the rows in the same sweep

@@ -137,13 +137,26 @@ void statistics(const Problem<T>& problem, const Tile<T>& tile, int threads) {
 }
 
 template <class T, class Objective>
-void loss(const Problem<T>& problem) {
-  for (const Side<T>* side : {&problem.row, &problem.column}) {
-    if (side == &problem.column && !Objective::kBothSides) return;
-    for (int64_t i = 0; i < side->size; ++i)
-      side->loss[i] =
-          Objective::loss(load_state<typename Objective::template State<T>>(*side, i), problem.target_of(*side, i));
+void loss(const Problem<T>& problem, const Reduction<T>& reduction) {
+  const Side<T>* const sides[] = {&problem.row, &problem.column};
+  double total = 0;
+  for (int k = 0; k < (Objective::kBothSides ? 2 : 1); ++k) {
+    const Side<T>& side = *sides[k];
+    double sum = 0;
+    int64_t anchors = 0;
+    for (int64_t i = 0; i < side.size; ++i) {
+      side.loss[i] =
+          Objective::loss(load_state<typename Objective::template State<T>>(side, i), problem.target_of(side, i));
+      sum += side.loss[i];
+      anchors += !reduction.counted || side.statistics[i] > 0;  // plane 0 counts positives
+    }
+    if (!reduction.loss) continue;
+    const double weight = reduction.share[k] / (reduction.mean ? (anchors > 0 ? anchors : 1) : 1);
+    reduction.weight[k] = static_cast<T>(weight);
+    // A side without a share is left out: 0 times its infinity would be NaN.
+    if (reduction.share[k] != 0) total += weight * sum;
   }
+  if (reduction.loss) *reduction.loss = static_cast<T>(total);
 }
 
 template <class T, class Objective>

@@ -107,6 +107,13 @@ struct Ids {
     __builtin_memcpy(&ids.v, lanes, sizeof(ids.v));
     return ids;
   }
+  // Those of the columns from `first` on.
+  static Ids load(const int32_t* ids, int64_t first, int count) {
+    if (ids) return load(ids + first, count);
+    Ids own;
+    for (int lane = 0; lane < Pack<T>::kLanes; ++lane) own.v[lane] = static_cast<int32_t>(first) + lane;
+    return own;
+  }
   friend Mask<T> operator==(Ids a, int32_t id) { return {a.v == id}; }
 };
 

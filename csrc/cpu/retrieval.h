@@ -93,7 +93,7 @@ void best_positive_of(const Problem<T>& problem, const Tile<T>& tile, const Best
           best.value[r] = -std::numeric_limits<T>::infinity();
           best.index[r] = -1;
         }
-        const Mask<T> positive = Ids<T>::load(problem.column.id + tile.column + c, count) == row.id;
+        const Mask<T> positive = Ids<T>::load(problem.column.id, tile.column + c, count) == row.id;
         if (!any(positive & first_lanes<T>(count))) return;
         for (int lane = 0; lane < count; ++lane) {
           if (!positive.v[lane] || (best.index[r] >= 0 && !better<T>(sim.v[lane], best.value[r]))) continue;

@@ -63,7 +63,7 @@ struct Row {
   Row(const Side<T>& side, int64_t index)
       : factor(side.factor ? side.factor[index] : T(0)),
         ceiling(side.ceiling ? side.ceiling[index] : kNoCeiling<T>),
-        id(side.id ? side.id[index] : 0),
+        id(side.id_of(index)),
         ignore(side.ignore ? side.ignore[index] : 0) {}
 };
 
@@ -103,7 +103,7 @@ struct Pairs {
 
   Pairs(const Problem<T>& problem, const Tile<T>& tile, const Row<T>& row, int64_t c, int count) {
     const Mask<T> inside = first_lanes<T>(count);
-    positive = (Ids<T>::load(problem.column.id + tile.column + c, count) == row.id) & inside;
+    positive = (Ids<T>::load(problem.column.id, tile.column + c, count) == row.id) & inside;
     candidate = inside;
     if constexpr (!kAll) {
       if (problem.column.ignore) {

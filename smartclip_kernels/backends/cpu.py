@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from smartclip_kernels.engine import TiledBackend
-from smartclip_kernels.launch import Side, reduced, write_sums
+from smartclip_kernels.launch import Side, write_sums
 from smartclip_kernels.problem import Problem, Tensors
 from smartclip_kernels.reference import paired_similarity
 from smartclip_kernels.tiles import Method, Tile
-
-_VECTORS = ("id", "ignore", "factor", "tau", "ceiling", "statistics", "loss", "weight", "anchor", "score_gradient")
 
 
 @cache
@@ -39,7 +37,7 @@ class CpuLaunch:
             row.anchor = empty(problem.traits.anchor, problem.n, dtype=dtype)
             column.anchor = empty(problem.traits.anchor, problem.m if problem.traits.both_sides else 0, dtype=dtype)
             self._parameters = empty(problem.n, 2, dtype=torch.float64)
-        self._problem, self._row, self._column = problem, row, column
+        self._problem = problem
         self._alive = scale, bias
         self._swapped = swapped
         launch = compiled().LaunchFloat64 if dtype == torch.float64 else compiled().LaunchFloat32
@@ -59,8 +57,15 @@ class CpuLaunch:
         self._launch.statistics(_box(tile), *_matrices(tile.accumulators))
 
     def loss(self) -> Tensors:
-        self._launch.loss()
-        return reduced(self._problem, self._row, self._column)
+        problem, empty = self._problem, self._problem.scale.new_empty
+        if problem.reduction == "none":
+            self._launch.loss()
+            return empty(0), empty(0)
+        shares = tuple(problem.shares) if problem.traits.both_sides else (1.0,)
+        loss, weights = empty((), dtype=problem.dtype), empty(len(shares), dtype=problem.dtype)
+        mean = problem.reduction == "mean"
+        self._launch.loss(shares, mean, problem.counts_anchors, loss.data_ptr(), weights.data_ptr())
+        return loss, weights
 
     def anchor(self) -> None:
         self._launch.anchor()
@@ -95,8 +100,7 @@ class CpuLaunch:
 
 
 def _addresses(side: Side) -> dict[str, int]:
-    vectors = ((name, getattr(side, name)) for name in _VECTORS)
-    return {"size": side.size} | {name: x.data_ptr() for name, x in vectors if x is not None}
+    return {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in vars(side).items() if x is not None}
 
 
 def _box(tile: Tile) -> tuple[int, int, int, int]:

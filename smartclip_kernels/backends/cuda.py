@@ -231,7 +231,7 @@ def _panel(matrices: Sequence[Tensor]) -> tuple[list[int], int]:
 
 class CudaBackend(TiledBackend):
     def __init__(self) -> None:
-        super().__init__("cuda", METHOD, _launch, cuts_sums=True, needs_ids=False)
+        super().__init__("cuda", METHOD, _launch, cuts_sums=True)
 
     def keeps(self, problem: Problem) -> bool:
         kernels = _element(problem.image.dtype), operands_class(problem).name, problem.objective

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smartclip_kernels import reference
-from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients
+from smartclip_kernels.problem import Needs, Problem, Tensors, empty_gradients, of_anchors
 from smartclip_kernels.states import STATES
 
 
@@ -37,9 +37,9 @@ class ReferenceBackend:
     ) -> Tensors:
         return _rounded(problem, needs, _gradients(problem, saved[:2], weights), unrounded=unrounded)
 
-    def loss_one_sweep(self, problem: Problem, needs: Needs) -> Tensors:
+    def loss_and_gradients(self, problem: Problem, needs: Needs) -> Tensors:
         total, weights, rows, columns, *saved = self.loss(problem)
-        grads = _gradients(problem, (saved[0], saved[1]), (weights.expand_as(rows), columns))
+        grads = _gradients(problem, saved[:2], of_anchors(weights, (len(rows), len(columns))))
         return total, *_rounded(problem, needs, grads, unrounded=True)
 
     def masked_similarity(self, problem: Problem) -> Tensor:

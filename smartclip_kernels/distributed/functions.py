@@ -176,7 +176,7 @@ def _one_sweep(call: Call, inputs: Inputs, weight: Tensor | None) -> tuple[Tenso
         if not any(call.needs):
             losses.append(_ops.reduced_loss(*call.arguments(inputs, window, block), "sum"))
             return ()
-        loss, *grads = _ops.loss_one_sweep(*call.arguments(inputs, window, block), call.needs)
+        loss, *grads = _ops.loss_and_gradients(*call.arguments(inputs, window, block), call.needs, "sum")
         if weight is not None:
             grads = [x.mul_(weight) for x in grads]
         losses.append(loss)

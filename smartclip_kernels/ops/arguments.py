@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smartclip_kernels import backends, checks
 from smartclip_kernels.problem import Correction, Needs, Problem
-from smartclip_kernels.reference import OBJECTIVES, SYMMETRIC, compute_dtype
+from smartclip_kernels.reference import compute_dtype
 
 
 def loss_problem(*loss_arguments: Any) -> Problem:
@@ -48,12 +48,9 @@ def reduced_problem(*arguments: Any) -> Problem:
     return loss_problem(*arguments[:13], *tail)._replace(reduction=reduction, shares=shares)
 
 
-def one_sweep_problem(*arguments: Any) -> Problem:
-    reduction, dims = arguments[14:]
-    problem = reduced_problem(*arguments[:13], reduction, SYMMETRIC, *Correction(), dims)
-    if OBJECTIVES[problem.objective].needs_statistics:
-        raise ValueError(f"objective: got {problem.objective!r}, needs one whose gradient takes no statistics")
-    return problem
+def split_needs(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[bool]]:
+    """Those of a reduced loss, and `needs`."""
+    return (*arguments[:13], *arguments[14:]), arguments[13]
 
 
 def ranks_problem(

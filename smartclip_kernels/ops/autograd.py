@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smartclip_kernels import backends, checks
+from smartclip_kernels import backends
+from smartclip_kernels.ops.arguments import reduced_problem
 from smartclip_kernels.ops.library import complete, library
-from smartclip_kernels.problem import Correction
-from smartclip_kernels.reference import OBJECTIVES
+from smartclip_kernels.problem import Correction, of_anchors
 
 _ops = torch.ops.smartclip
 
@@ -75,32 +75,32 @@ class _ReducedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        loss, *kept = below_autograd(_ops.loss_forward, keyset, *arguments)
-        ctx.save_for_backward(*arguments[15:19], *kept, *arguments[:9])
+        loss, *saved = below_autograd(_ops.loss_forward, keyset, *arguments)
+        ctx.save_for_backward(*arguments[15:19], *saved, *arguments[:9])
         ctx.constants, ctx.dims = arguments[9:13], arguments[19]
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
         needs = list(ctx.needs_input_grad[1:6])
-        correction, (weights, *saved) = Correction(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
-        # Expanded, not copied: a backend can tell that they are all the same.
-        of_side = (*(weights * grad_loss).unbind(), grad_loss)  # columns that are no anchors take none of it
-        expanded = (weight.expand(x.shape[1]) for weight, x in zip(of_side, saved[:2], strict=False))
+        correction, (weights, *statistics) = Correction(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:7]
+        expanded = of_anchors(weights * grad_loss, [x.shape[1] for x in statistics])
+        saved = *statistics, weights.new_empty(0), *ctx.saved_tensors[7:]
         grads = _ops.loss_backward(*expanded, *saved, *ctx.constants, needs, False, *correction, ctx.dims)
         return (None, *_or_none(grads, needs), *([None] * 15))
 
 
-class _ReducedLossOneSweep(torch.autograd.Function):
+class _LossAndGradients(torch.autograd.Function):
     """The incoming gradient is one number, so that the forward pass can make the gradients up to that factor."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-        checks.correction(Correction(*arguments[15:19]), arguments[0], arguments[1], arguments[9])
-        ctx.save_for_backward(*arguments[:9])
+        ctx.save_for_backward(*arguments[:9], *arguments[15:19])
         ctx.needs = list(ctx.needs_input_grad[1:6])
-        ctx.constants = *arguments[9:13], ctx.needs, arguments[13], arguments[19]
-        loss, *ctx.grads = below_autograd(_ops.loss_one_sweep, keyset, *arguments[:9], *ctx.constants)
+        ctx.constants, ctx.dims = (*arguments[9:13], ctx.needs, *arguments[13:15]), arguments[19]
+        loss, *ctx.grads = below_autograd(
+            _ops.loss_and_gradients, keyset, *arguments[:9], *ctx.constants, *arguments[15:]
+        )
         return loss
 
     @staticmethod
@@ -110,7 +110,8 @@ class _ReducedLossOneSweep(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         with torch.no_grad():
             if grads is None:
-                grads = _ops.loss_one_sweep(*ctx.saved_tensors, *ctx.constants)[1:]
+                inputs, correction = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+                grads = _ops.loss_and_gradients(*inputs, *ctx.constants, *correction, ctx.dims)[1:]
             # Not rounded before the factor, a gradient scaler's for one: it decides what half precision can hold.
             scaled = tuple(
                 grad.mul_(grad_loss).to(x.dtype) if need else grad
@@ -158,8 +159,10 @@ def _with_autograd(name: str, backend_at: int, function: Callable[..., Any]) -> 
 
 
 def _reduced_function(*arguments: Any) -> Any:
-    checks.choice("objective", arguments[9], tuple(OBJECTIVES))
-    return _ReducedLoss if OBJECTIVES[arguments[9]].needs_statistics else _ReducedLossOneSweep
+    """Gradients are made with the loss where that makes no products twice."""
+    problem = reduced_problem(*arguments)
+    at_once = not problem.traits.needs_statistics or backends.load(arguments[11]).kept_shape(problem) != (0,)
+    return _LossAndGradients if at_once else _ReducedLoss
 
 
 _with_autograd("loss", 11, lambda *_: _Loss)
@@ -190,5 +193,5 @@ _without_gradient("best_positive")
 _without_gradient("retrieval_ranks")
 _without_gradient("loss_forward")
 _with_first_order("loss_backward")
-_with_first_order("loss_one_sweep")
+_with_first_order("loss_and_gradients")
 _with_first_order("masked_similarity_backward")

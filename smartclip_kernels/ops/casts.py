@@ -35,7 +35,7 @@ def _with_autocast(name: str, key: str) -> None:
     library.impl(name, kernel, key)
 
 
-_LOSSES = ("loss", "reduced_loss", "loss_one_sweep")
+_LOSSES = ("loss", "reduced_loss", "loss_and_gradients")
 for _op in (*_LOSSES, "masked_similarity", "masked_topk", "best_positive", "retrieval_ranks"):
     _with_autocast(_op, "AutocastCPU")
     _with_autocast(_op, "AutocastCUDA")

@@ -12,11 +12,11 @@ from smartclip_kernels.ops.arguments import (
     check_topk,
     feature_needs,
     loss_problem,
-    one_sweep_problem,
     ranks_problem,
     reduced_problem,
     similarity_problem,
     split_backward,
+    split_needs,
 )
 from smartclip_kernels.ops.library import fake
 from smartclip_kernels.problem import Needs, Problem, empty_gradients
@@ -25,16 +25,14 @@ from smartclip_kernels.problem import Needs, Problem, empty_gradients
 @fake("loss")
 def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = loss_problem(*arguments)
-    m = problem.m if problem.traits.both_sides else 0
-    return problem.scale.new_empty(problem.n), problem.scale.new_empty(m), *_kept_fake(problem, arguments[11])
+    empty, m = problem.scale.new_empty, problem.m if problem.traits.both_sides else 0
+    products = backends.resolve(arguments[11], problem.image.device).kept_shape(problem)
+    return empty(problem.n), empty(m), *_statistics_fake(problem), empty(products)
 
 
-def _kept_fake(problem: Problem, backend: str) -> tuple[Tensor, ...]:
-    """Statistics of both sides, and products."""
+def _statistics_fake(problem: Problem) -> tuple[Tensor, ...]:
     m = problem.m if problem.traits.both_sides else 0
-    products = backends.resolve(backend, problem.image.device).kept_shape(problem)
-    shapes = (problem.planes, problem.n), (problem.planes, m), products
-    return tuple(problem.scale.new_empty(shape) for shape in shapes)
+    return tuple(problem.scale.new_empty(problem.planes, count) for count in (problem.n, m))
 
 
 @fake("loss_backward")
@@ -59,13 +57,14 @@ def _reduced_loss_fake(*arguments: Any) -> Tensor:
 def _loss_forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = reduced_problem(*arguments)
     weights = problem.scale.new_empty(2 if problem.traits.both_sides else 1)
-    return problem.scale.new_empty(()), weights, *_kept_fake(problem, arguments[11])
+    return problem.scale.new_empty(()), weights, *_statistics_fake(problem)
 
 
-@fake("loss_one_sweep")
-def _loss_one_sweep_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = one_sweep_problem(*arguments)
-    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*arguments[13]), unrounded=True)
+@fake("loss_and_gradients")
+def _loss_and_gradients_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    reduced_arguments, needs = split_needs(arguments)
+    problem = reduced_problem(*reduced_arguments)
+    return problem.scale.new_empty(()), *empty_gradients(problem, Needs(*needs), unrounded=True)
 
 
 @fake("masked_similarity")

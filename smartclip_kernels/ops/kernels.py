@@ -11,11 +11,11 @@ from smartclip_kernels.ops.arguments import (
     check_topk,
     feature_needs,
     loss_problem,
-    one_sweep_problem,
     ranks_problem,
     reduced_problem,
     similarity_problem,
     split_backward,
+    split_needs,
 )
 from smartclip_kernels.ops.library import implement
 from smartclip_kernels.problem import Needs
@@ -50,16 +50,17 @@ def _reduced_loss(*arguments: Any) -> Tensor:
 
 @implement("loss_forward")
 def _loss_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """What the backward pass of a reduced loss needs beside the loss: no anchor's own loss."""
+    """What the backward pass of a reduced loss needs beside the loss: no anchor's own loss, no products."""
     problem = reduced_problem(*arguments)
-    loss, weights, _, _, *kept = backends.resolve(arguments[11], problem.image.device).loss(problem)
-    return loss, weights, *kept
+    loss, weights, _, _, *statistics, _ = backends.resolve(arguments[11], problem.image.device).loss(problem)
+    return loss, weights, *statistics
 
 
-@implement("loss_one_sweep")
-def _loss_one_sweep(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = one_sweep_problem(*arguments)
-    return backends.resolve(arguments[11], problem.image.device).loss_one_sweep(problem, Needs(*arguments[13]))
+@implement("loss_and_gradients")
+def _loss_and_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    reduced_arguments, needs = split_needs(arguments)
+    problem = reduced_problem(*reduced_arguments)
+    return backends.resolve(arguments[11], problem.image.device).loss_and_gradients(problem, Needs(*needs))
 
 
 @implement("masked_similarity")

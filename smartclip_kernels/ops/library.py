@@ -28,8 +28,8 @@ _SCHEMAS = {
     f"Tensor kept, {_LOSS}, bool[] needs, bool unrounded=False, {_TAIL}) -> ({_GRADS})",
     "reduced_loss": f"({_LOSS}, {_REDUCTION}, {_TAIL}) -> Tensor",
     "loss_forward": f"({_LOSS}, {_REDUCTION}, {_TAIL}) -> (Tensor loss, Tensor weights, Tensor row_statistics, "
-    "Tensor column_statistics, Tensor kept)",
-    "loss_one_sweep": f"({_LOSS}, bool[] needs, str reduction='sum', int[] dims=[]) -> (Tensor loss, {_GRADS})",
+    "Tensor column_statistics)",
+    "loss_and_gradients": f"({_LOSS}, bool[] needs, {_REDUCTION}, {_TAIL}) -> (Tensor loss, {_GRADS})",
     "masked_similarity": "(Tensor image, Tensor text, Tensor mask, str backend) -> Tensor",
     "masked_similarity_backward": "(Tensor grad_sim, Tensor image, Tensor text, Tensor mask, str backend, "
     "bool[] needs) -> (Tensor grad_image, Tensor grad_text, Tensor grad_mask)",

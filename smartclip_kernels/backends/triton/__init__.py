@@ -30,7 +30,7 @@ def _launch(problem: Problem, similarity: str, row: Side, column: Side, swapped:
 
 class TritonBackend(TiledBackend):
     def __init__(self) -> None:
-        super().__init__("triton", METHOD, _launch, cuts_sums=not interpreted())
+        super().__init__("triton", METHOD, _launch, cuts_sums=not interpreted(), needs_ids=True)
 
     def unavailable(self) -> str:
         if importlib.util.find_spec("triton") is None:
