@@ -38,7 +38,7 @@ class CpuLaunch:
             column.anchor = empty(problem.traits.anchor, problem.m if problem.traits.both_sides else 0, dtype=dtype)
             self._parameters = empty(problem.n, 2, dtype=torch.float64)
         self._problem = problem
-        self._alive = scale, bias
+        self._alive = scale, bias, row, column
         self._swapped = swapped
         launch = compiled().LaunchFloat64 if dtype == torch.float64 else compiled().LaunchFloat32
         self._launch = launch(
