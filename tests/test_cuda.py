@@ -169,6 +169,15 @@ def test_addresses_are_checked() -> None:
         make(**arguments | {"similarity": "masked_cosine"}, row=side, column=side, multiprocessors=1)
 
 
+@emulated
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_float64_is_refused(reduction: Any, grad: bool) -> None:
+    x = torch.eye(20, dtype=torch.float64, requires_grad=grad)
+    with pytest.raises(TypeError, match=r"image: got torch\.float64, needs .* on backend 'cuda'"):
+        sk.clip_loss(x, x, 1.0, reduction=reduction, backend="cuda")
+
+
 # On a GPU the library multiplies half precision as it is: nothing is widened.
 NO_LAUNCH = {"to", "_to_copy", "empty", "new_empty", "empty_like"}
 NO_LAUNCH |= {"expand", "select", "slice", "unbind", "t", "numpy_T", "permute", "view", "detach"}

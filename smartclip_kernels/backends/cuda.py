@@ -234,6 +234,8 @@ class CudaBackend(TiledBackend):
         super().__init__("cuda", METHOD, _launch, cuts_sums=True)
 
     def keeps(self, problem: Problem) -> bool:
+        if problem.image.dtype not in _ELEMENTS:
+            return False  # the launch will refuse it
         kernels = _element(problem.image.dtype), operands_class(problem).name, problem.objective
         return _keeps(architecture(problem.image.device, *kernels), *kernels)
 
